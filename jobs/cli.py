@@ -1,0 +1,300 @@
+"""The command `vitok`: one sub-command for each job."""
+
+import difflib
+import glob
+import json
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+
+from pipelines.failures import root_cause
+
+
+class UsageError(ValueError):
+    """A command line that names something that does not exist."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command line; returns the exit status."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    if not given or given[0] in ("-h", "--help"):
+        print(_overview())
+        return 0 if given else 2
+    name, *rest = given
+    try:
+        _lookup(COMMANDS, name, "command")(rest)
+    except UsageError as error:
+        return _complain(str(error), 2)
+    except KeyboardInterrupt:
+        return _complain("interrupted; the same command goes on from the last checkpoint", 130)
+    except (ValueError, OSError, RuntimeError, ArithmeticError, ImportError) as error:
+        return _complain(root_cause(error), 1)
+    return 0
+
+
+def train(arguments: Sequence[str]) -> None:
+    """train an autoencoder by a recipe; the same run name continues"""
+    from cluster.local import ray_session
+    from jobs.recipes import TRAINING
+    from pipelines.train_autoencoder import prepare, run_training
+
+    settings = _recipe(TRAINING, arguments, "train")
+    prepare(settings)
+    with ray_session():
+        export = run_training(settings)
+    print(f"run: {settings.run.folder.uri}\nweights: {export.uri}")
+
+
+def evaluate(arguments: Sequence[str]) -> None:
+    """PSNR and SSIM of a model on held-out images"""
+    from pipelines.evaluate import EvaluationConfig, evaluate_model
+
+    settings = tyro.cli(EvaluationConfig, args=arguments, prog="vitok evaluate")
+    summary = evaluate_model(settings)
+    if settings.json:
+        print(json.dumps(summary))
+        return
+    _print_table({name: f"{value:.4g}" for name, value in summary.items()})
+    print(f"results: {Path(settings.out).absolute()}")
+
+
+def encode(arguments: Sequence[str]) -> None:
+    """encode a corpus into a latent cache; goes on where it was stopped"""
+    from cluster.local import ray_session
+    from pipelines.cache_latents import LatentCaching, cache_latents
+
+    settings = tyro.cli(LatentCaching, args=arguments, prog="vitok encode")
+    with ray_session():
+        manifest = cache_latents(settings)
+    print(
+        f"{manifest.num_images} images, {manifest.num_tokens} latents, "
+        f"{manifest.num_bytes / 1e6:.1f} MB\ncache: {Path(settings.out).absolute()}"
+    )
+
+
+def reconstruct(arguments: Sequence[str]) -> None:
+    """original, reconstruction and error map of images"""
+    from PIL import Image
+
+    from pipelines.evaluate import comparison, reconstruct_image
+    from pipelines.train_autoencoder import load_autoencoder
+
+    def parse(
+        images: tyro.conf.Positional[list[str]],
+        /,
+        *,
+        model: str,
+        token_budget: int = 1024,
+        out: str = "reconstructions",
+    ) -> tuple[list[str], str, int, str]:
+        """Reconstruct images and save original, reconstruction and error map side by side.
+
+        Args:
+            images: files, folders or globs.
+            model: a training run or a folder of weights.
+            token_budget: larger images are shrunk to at most this many patches.
+            out: folder for the PNG files.
+        """
+        return images, model, token_budget, out
+
+    patterns, model_location, budget, out = tyro.cli(
+        parse, args=arguments, prog="vitok reconstruct"
+    )
+    files = _image_files(patterns)
+    autoencoder = load_autoencoder(model_location)
+    folder = Path(out)
+    folder.mkdir(parents=True, exist_ok=True)
+    for file in files:
+        result, picture = reconstruct_image(autoencoder, file, budget)
+        target = folder / f"{file.stem}.png"
+        Image.fromarray(comparison(picture.source, picture.reconstruction)).save(target)
+        print(
+            f"{target}: {result.width} x {result.height}, {result.num_tokens} tokens, "
+            f"PSNR {result.psnr:.2f} dB, SSIM {result.ssim:.4f}"
+        )
+
+
+def quickstart(arguments: Sequence[str]) -> None:
+    """see the whole system work on this machine in a few minutes"""
+    from jobs.quickstart import run_quickstart
+
+    tyro.cli(run_quickstart, args=arguments, prog="vitok quickstart")
+
+
+def ui(arguments: Sequence[str]) -> None:
+    """MLflow on the runs of this machine"""
+    from cluster.local import serve_mlflow
+    from pipelines.tracking import TrackingConfig, tracking_uri
+
+    def serve(storage: str = "runs", port: int = 5000) -> None:
+        """Show the runs in MLflow's web interface, on loopback, until Ctrl-C.
+
+        Args:
+            storage: folder that holds the runs.
+            port: TCP port on 127.0.0.1.
+        """
+        if not (Path(storage) / "mlflow.db").is_file():
+            raise FileNotFoundError(
+                f"{Path(storage).absolute()} holds no mlflow.db; give the folder of the runs with "
+                "--storage, or make one with `vitok quickstart`"
+            )
+        serve_mlflow(tracking_uri(TrackingConfig(), storage), port)
+
+    tyro.cli(serve, args=arguments, prog="vitok ui")
+
+
+def corpus(arguments: Sequence[str]) -> None:
+    """make a manifest of image shards (corpus index)"""
+    from tqdm import tqdm
+
+    from pipelines.corpus import build_manifest
+
+    def index(
+        shards: tyro.conf.Positional[list[str]], /, *, out: Annotated[Path, tyro.conf.arg()]
+    ) -> None:
+        """Read WebDataset shards once and write their manifest.
+
+        Args:
+            shards: tar files, folders of them, globs, brace ranges.
+            out: folder for the manifest; must not exist.
+        """
+        with tqdm(desc="index", unit="shard") as bar:
+
+            def show(done: int, total: int) -> None:
+                bar.total = total
+                bar.update(done - bar.n)
+
+            manifest = build_manifest(shards, out, show)
+        print(f"{manifest.num_samples} samples in {len(manifest.uris)} shards")
+        for uri, key, reason in manifest.skipped():
+            print(f"skipped {key} of {uri}: {reason}")
+        print(f"manifest: {manifest.path}")
+
+    _sub_command("corpus", {"index": index}, arguments)
+
+
+def latents(arguments: Sequence[str]) -> None:
+    """check a latent cache, or print its statistics (latents verify, latents stats)"""
+    from pipelines.latents import LatentCache
+
+    def verify(cache: tyro.conf.Positional[str], /) -> None:
+        """Compare every file of a latent cache with its digest.
+
+        Args:
+            cache: the cache's folder.
+        """
+        found = LatentCache(cache)
+        found.verify()
+        print(f"{found.folder.uri}: {len(found)} latents as they were written")
+
+    def stats(cache: tyro.conf.Positional[str], /) -> None:
+        """Print what a latent cache holds, as JSON.
+
+        Args:
+            cache: the cache's folder.
+        """
+        manifest = asdict(LatentCache(cache).manifest)
+        manifest.pop("units")
+        print(json.dumps(manifest, indent=2))
+
+    _sub_command("latents", {"verify": verify, "stats": stats}, arguments)
+
+
+def bench(arguments: Sequence[str]) -> None:
+    """benchmarks; JSON on the last line"""
+    from jobs.bench import BENCHMARKS
+
+    _sub_command("bench", BENCHMARKS, arguments)
+
+
+COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
+    "quickstart": quickstart,
+    "train": train,
+    "evaluate": evaluate,
+    "reconstruct": reconstruct,
+    "corpus": corpus,
+    "encode": encode,
+    "latents": latents,
+    "ui": ui,
+    "bench": bench,
+}
+
+
+def _overview() -> str:
+    lines = ["usage: vitok COMMAND [ARGUMENTS]      (vitok COMMAND --help shows every field)", ""]
+    lines += [f"  {name:<12} {command.__doc__}" for name, command in COMMANDS.items()]
+    return "\n".join(lines)
+
+
+def _recipe(recipes: dict[str, Callable[[], Any]], arguments: Sequence[str], command: str) -> Any:
+    """Return a recipe's config with the overrides of the command line."""
+    if not arguments or arguments[0].startswith("-"):
+        print(f"usage: vitok {command} RECIPE [--field value ...]\n\nrecipes:")
+        for name, recipe in recipes.items():
+            print(f"  {name:<20} {(recipe.__doc__ or '').splitlines()[0]}")
+        print(f"\nvitok {command} RECIPE --help shows every field.")
+        raise SystemExit(0 if arguments and arguments[0] in ("-h", "--help") else 2)
+    recipe = _lookup(recipes, arguments[0], "recipe")
+    default = recipe()
+    return tyro.cli(
+        type(default),
+        default=default,
+        args=arguments[1:],
+        prog=f"vitok {command} {arguments[0]}",
+        description=recipe.__doc__,
+    )
+
+
+def _sub_command(
+    command: str, functions: dict[str, Callable[..., None]], arguments: Sequence[str]
+) -> None:
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(f"usage: vitok {command} NAME [ARGUMENTS]\n")
+        for name, function in functions.items():
+            print(f"  {name:<12} {(function.__doc__ or '').splitlines()[0]}")
+        raise SystemExit(0 if arguments else 2)
+    name, *rest = arguments
+    tyro.cli(
+        _lookup(functions, name, f"{command} command"), args=rest, prog=f"vitok {command} {name}"
+    )
+
+
+def _lookup(table: dict[str, Any], name: str, kind: str) -> Any:
+    if name in table:
+        return table[name]
+    near = difflib.get_close_matches(name, table, n=1)
+    hint = f"did you mean {near[0]!r}?" if near else f"there are: {', '.join(table)}"
+    raise UsageError(f"there is no {kind} {name!r}; {hint}")
+
+
+def _image_files(patterns: Sequence[str]) -> list[Path]:
+    files: list[Path] = []
+    for pattern in patterns:
+        path = Path(pattern)
+        if path.is_dir():
+            found = sorted(child for child in path.iterdir() if child.is_file())
+        else:
+            found = [Path(name) for name in sorted(glob.glob(pattern))]
+        if not found:
+            raise FileNotFoundError(f"{pattern} names no file; give image files, folders or globs")
+        files += found
+    return files
+
+
+def _print_table(rows: dict[str, str]) -> None:
+    width = max(map(len, rows))
+    for name, value in rows.items():
+        print(f"  {name:<{width}}  {value}")
+
+
+def _complain(message: str, status: int) -> int:
+    print(f"vitok: {message}", file=sys.stderr)
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(main())

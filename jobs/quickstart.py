@@ -1,0 +1,166 @@
+"""`vitok quickstart`: corpus, training, evaluation, latents and their record, on one machine."""
+
+import shutil
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from cluster.local import ray_session
+from jobs import recipes
+from jobs.sample_corpus import make_sample_corpus
+from pipelines.cache_latents import LatentCaching, cache_latents
+from pipelines.evaluate import EvaluationConfig, evaluate_model
+from pipelines.latents import LatentCache, LatentRow
+from pipelines.loop import next_step
+from pipelines.storage import Folder
+from pipelines.tracking import Tracker, open_run
+from pipelines.train_autoencoder import (
+    AutoencoderTraining,
+    load_autoencoder,
+    plan_of,
+    prepare,
+    run_training,
+)
+from vitok.autoencoder import Autoencoder
+from vitok.packed import layout_of, unpack_images
+from vitok.pretrained import encoder_digest
+
+
+def run_quickstart(storage: str = "runs", fresh: bool = False) -> None:
+    """See the whole system work on this machine: corpus, training, evaluation, latents, MLflow.
+
+    Needs no network and about four minutes on two CPU cores. Run again, it goes on where it was.
+
+    Args:
+        storage: folder for the run, its corpus and its latents, and the MLflow database.
+        fresh: delete what an earlier quickstart left in that folder, and start over.
+    """
+    started = time.monotonic()
+    folder = Path(storage).absolute() / "quickstart"
+    if fresh and folder.exists():
+        shutil.rmtree(folder)
+
+    _headline("1/5", f"corpus: crops of photographs, as WebDataset shards, in {folder / 'corpus'}")
+    train_manifest, eval_manifest = make_sample_corpus(folder / "corpus")
+    base = recipes.quickstart()
+    settings = replace(
+        base,
+        data=replace(base.data, manifest=str(train_manifest), eval_manifest=str(eval_manifest)),
+        run=replace(base.run, storage=storage),
+    )
+    prepare(settings)
+    with ray_session():
+        _headline("2/5", _describe(settings))
+        export = run_training(settings)
+
+        _headline("3/5", "evaluation on photographs that the training never saw")
+        evaluation = EvaluationConfig(
+            model=export.uri,
+            manifest=str(eval_manifest),
+            out=str(folder / "evaluation"),
+            token_budget=max(settings.stages[-1].token_budgets),
+        )
+        scores = evaluate_model(evaluation)
+        print(f"PSNR {scores['eval_psnr']:.2f} dB, SSIM {scores['eval_ssim']:.3f}")
+
+        _headline("4/5", "latents of the whole corpus")
+        manifest = cache_latents(
+            LatentCaching(
+                manifest=str(train_manifest),
+                model=export.uri,
+                out=str(folder / "latents"),
+                unit_samples=32,
+                num_workers=2,
+                cpus_per_worker=0.5,
+                use_gpu=False,
+            )
+        )
+    _headline("5/5", "reading the latents back")
+    model = load_autoencoder(export.uri)
+    cache = LatentCache(str(folder / "latents"), encoder_digest(model))
+    cache.verify()
+    decoded = decode_latent(model, cache[0])
+    print(
+        f"{len(cache)} latents are as they were written; the first, {cache[0].key}, decodes to "
+        f"{decoded.shape[2]} x {decoded.shape[1]} pixels"
+    )
+    with open_run(
+        settings.run.folder, settings.run.name, settings.run.tracking, storage, settings
+    ) as tracker:
+        _record(tracker, folder, scores, manifest.num_bytes)
+        rates = tracker.latest_metrics()
+    _summary(settings, scores, rates, folder, time.monotonic() - started)
+
+
+def decode_latent(model: Autoencoder, row: LatentRow) -> torch.Tensor:
+    """Decode one cached latent to an image [3, height, width] in [-1, 1]."""
+    patch_size = model.config.patch_size
+    layout = layout_of(
+        [row.image_size],
+        patch_size=patch_size,
+        row_tokens=len(row.latent),
+        max_images=1,
+        max_seqlen=len(row.latent),
+    )
+    decoded = model.decode_packed(layout.with_tokens(row.latent.float()))
+    return unpack_images(decoded, patch_size)[0]
+
+
+def _describe(settings: AutoencoderTraining) -> str:
+    steps, done = plan_of(settings).num_steps, next_step(settings.run.folder)
+    if done >= steps:
+        return "training: finished by an earlier quickstart; --fresh starts over"
+    if done:
+        return f"training: goes on at step {done} of {steps}; --fresh starts over"
+    budgets = " then ".join(str(stage.token_budgets[0]) for stage in settings.stages)
+    return (
+        f"training: {steps} steps at {budgets} tokens an image, {settings.run.num_workers} "
+        "workers; starting them takes half a minute"
+    )
+
+
+def _record(tracker: Tracker, folder: Path, scores: dict[str, float], latent_bytes: int) -> None:
+    tracker.log_files(folder / "evaluation" / "results.json", "evaluation")
+    tracker.log_files(folder / "evaluation" / "reconstructions.png", "evaluation")
+    tracker.log_files(folder / "latents" / "manifest.json", "latents")
+    tracker.set_tags(
+        {"latent_megabytes": f"{latent_bytes / 1e6:.2f}", "psnr": f"{scores['eval_psnr']:.2f}"}
+    )
+
+
+def _summary(
+    settings: AutoencoderTraining,
+    scores: dict[str, float],
+    rates: dict[str, float],
+    folder: Path,
+    seconds: float,
+) -> None:
+    patch = settings.model.patch_size
+    run = Folder.of(settings.run.storage, settings.run.name)
+    rows = [
+        ("PSNR of the reconstructions", f"{scores['eval_psnr']:.2f} dB"),
+        (
+            f"PSNR of one colour for each {patch} x {patch} patch",
+            f"{scores['eval_baseline_psnr']:.2f} dB",
+        ),
+        ("SSIM", f"{scores['eval_ssim']:.3f}"),
+        ("training speed", f"{rates['tokens_per_s']:,.0f} tokens/s"),
+        ("token utilisation", f"{rates['token_utilisation']:.3f}"),
+        ("picture", str(folder / "evaluation" / "reconstructions.png")),
+        ("weights", f"{run.uri}/export"),
+        ("latents", str(folder / "latents")),
+        ("corpus", str(folder / "corpus")),
+    ]
+    width = max(len(name) for name, _ in rows)
+    print(f"\nDone in {seconds / 60:.1f} minutes.\n")
+    for name, value in rows:
+        print(f"  {name:<{width}}  {value}")
+    storage = "" if settings.run.storage == "runs" else f" --storage {settings.run.storage}"
+    print(f"\nSee curves and images in MLflow:  vitok ui{storage}")
+    print(f"Reconstruct an image of yours:    vitok reconstruct IMAGE --model {run.uri}")
+
+
+def _headline(number: str, text: str) -> None:
+    print(f"\n[{number}] {text}", flush=True)

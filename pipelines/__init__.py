@@ -1,0 +1,1 @@
+"""Ray pipelines: ingest, training, evaluation and latent caching of image autoencoders."""

@@ -1,0 +1,266 @@
+"""From the plan to packed rows in the training workers: Ray Data around pure functions.
+
+A task reads, decodes and packs a few neighbouring steps, and gives every worker its rows of them.
+Which worker gets a row changes nothing but the place of the computation: keys, crops and rows of a
+step come from the plan alone.
+"""
+
+import dataclasses
+import json
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from pipelines.corpus import Manifest, SampleRecords, read_samples
+from pipelines.decode import UnreadableImage, decode_rgb
+from pipelines.plan import Plan, SampleView
+from vitok.packed import PackedTokens, layout_of
+from vitok.patches import normalize_patches, pad_to_patch, patchify
+
+# Small steps are read several at a time, so that a task is worth its start.
+_IMAGES_PER_TASK = 256
+# Ray's input blocks are made before the first task starts: there must not be millions of them.
+_MAX_INPUT_BLOCKS = 1000
+
+
+@dataclasses.dataclass(frozen=True)
+class PackedRow:
+    """One packed row on the host.
+
+    Attributes:
+        step: the global step that it belongs to.
+        patches: [T, 3P^2] uint8.
+        image_size: [S, 2] int32, pixels (height, width); 0 in unused slots.
+        tile_position: [S, 2] float32 in [0, 1).
+        keys: keys of the images, in the order in which they lie in the row.
+        skipped: (shard, key, reason) of the samples that should be here but were unreadable.
+        max_seqlen: no image has more tokens.
+    """
+
+    step: int
+    patches: NDArray[np.uint8]
+    image_size: NDArray[np.int32]
+    tile_position: NDArray[np.float32]
+    keys: list[str]
+    skipped: list[tuple[str, str, str]]
+    max_seqlen: int
+
+    @property
+    def num_tokens(self) -> int:
+        """Real tokens of the row."""
+        patch_size = round((self.patches.shape[1] / 3) ** 0.5)
+        return int((-(-self.image_size // patch_size)).prod(axis=1).sum())
+
+    def to_packed(self, device: torch.device) -> tuple[PackedTokens, torch.Tensor]:
+        """Return the row as pixels in [-1, 1] on the device, and its tile positions [S, 2]."""
+        patch_size = round((self.patches.shape[1] / 3) ** 0.5)
+        used = self.image_size[self.image_size[:, 0] > 0]
+        layout = layout_of(
+            [(int(height), int(width)) for height, width in used],
+            patch_size=patch_size,
+            row_tokens=len(self.patches),
+            max_images=len(self.image_size),
+            max_seqlen=self.max_seqlen,
+        ).to(device)
+        patches = torch.from_numpy(self.patches).to(device, non_blocking=True)
+        pixels = normalize_patches(patches, layout.patch_coord, layout.token_image_size())
+        position = torch.from_numpy(self.tile_position).to(device, non_blocking=True)
+        return layout.with_tokens(pixels), position
+
+
+@dataclasses.dataclass(frozen=True)
+class StepRows:
+    """The rows of one worker in one global step."""
+
+    step: int
+    rows: list[PackedRow]
+
+
+def load_step(plan: Plan, step: int) -> list[PackedRow]:
+    """Read, decode and pack the samples of one global step, in the calling process."""
+    planned, stage = plan.step(step), plan.stage_of(step)
+    return load_rows(
+        plan.manifest,
+        planned.records,
+        planned.rows,
+        step=step,
+        patch_size=plan.patch_size,
+        row_tokens=plan.data.row_tokens,
+        max_images=stage.max_images_per_row(plan.data.row_tokens),
+        max_seqlen=max(stage.token_budgets),
+    )
+
+
+def load_rows(
+    manifest: Manifest,
+    records: SampleRecords,
+    rows: list[list[SampleView]],
+    *,
+    step: int,
+    patch_size: int,
+    row_tokens: int,
+    max_images: int,
+    max_seqlen: int,
+) -> list[PackedRow]:
+    """Read and decode samples, and pack them as planned; what is unreadable leaves its slot out.
+
+    Args:
+        records: where the samples of all rows lie.
+        rows: the samples of each row, in order; together they have at most row_tokens tokens.
+    """
+    place = {sample_id: i for i, sample_id in enumerate(records.sample_id.tolist())}
+    contents = read_samples(manifest, records)
+
+    def load_row(views: list[SampleView]) -> PackedRow:
+        patches = np.zeros((row_tokens, 3 * patch_size**2), dtype=np.uint8)
+        image_size = np.zeros((max_images, 2), dtype=np.int32)
+        tile_position = np.zeros((max_images, 2), dtype=np.float32)
+        keys: list[str] = []
+        skipped: list[tuple[str, str, str]] = []
+        end = 0
+        for view in views:
+            index = place[view.sample_id]
+            key = str(records.key[index])
+            try:
+                pixels = decode_rgb(contents[index], crop=view.crop, size=view.size)
+            except UnreadableImage as error:
+                skipped.append((manifest.uris[int(records.shard[index])], key, str(error)))
+                continue
+            image = torch.from_numpy(pixels).permute(2, 0, 1)
+            image_patches, _ = patchify(pad_to_patch(image, patch_size), patch_size)
+            start, end = end, end + len(image_patches)
+            patches[start:end] = image_patches.numpy()
+            image_size[len(keys)] = view.size
+            tile_position[len(keys)] = view.tile_position
+            keys.append(key)
+        return PackedRow(
+            step=step,
+            patches=patches,
+            image_size=image_size,
+            tile_position=tile_position,
+            keys=keys,
+            skipped=skipped,
+            max_seqlen=max_seqlen,
+        )
+
+    return [load_row(views) for views in rows]
+
+
+def training_dataset(plan: Plan, first_step: int, num_workers: int) -> Any:
+    """Return the Ray Dataset of a training from a step on; worker r takes rows r, r + W, ...
+
+    Each of its records holds the rows of one worker in a few steps; records come in the order
+    worker 0, 1, ..., W - 1, and again, which `streaming_split` deals out one by one.
+    """
+    import ray.data
+
+    tasks = _tasks(plan, first_step)
+    num_tasks = len(tasks)
+
+    def load(batch: dict[str, NDArray[np.int64]]) -> Iterator[dict[str, NDArray[Any]]]:
+        for task in batch["id"].tolist():
+            steps = [load_step(plan, step) for step in tasks[task]]
+            yield from _records_of_workers(steps, num_workers)
+
+    dataset = ray.data.range(num_tasks, override_num_blocks=min(num_tasks, _MAX_INPUT_BLOCKS))
+    if num_tasks > _MAX_INPUT_BLOCKS:
+        # With preserved order a task's rows wait for all tasks before it: tasks must stay small.
+        dataset = dataset.repartition(target_num_rows_per_block=1)
+    dataset = dataset.map_batches(load, batch_size=None, num_cpus=0.5)
+    # `streaming_split` deals out blocks. Only blocks of one record each go round in turn, and Ray
+    # joins records into one block until it exceeds this many bytes.
+    dataset.context.target_max_block_size = 1
+    return dataset
+
+
+def _tasks(plan: Plan, first_step: int) -> list[range]:
+    """Cut the remaining steps into tasks; the rows of a task are of one stage and one shape."""
+    tasks, end = [], 0
+    for stage in plan.stages:
+        start, end = end, end + stage.steps
+        size = max(1, _IMAGES_PER_TASK // stage.images_per_step)
+        first = max(start, first_step)
+        tasks += [range(step, min(step + size, end)) for step in range(first, end, size)]
+    return tasks
+
+
+def execution_options() -> Any:
+    """Return the Ray Data options that deal records out in order."""
+    from ray.data import ExecutionOptions
+
+    return ExecutionOptions(preserve_order=True)
+
+
+def _records_of_workers(
+    steps: list[list[PackedRow]], num_workers: int
+) -> Iterator[dict[str, NDArray[Any]]]:
+    for worker in range(num_workers):
+        mine: list[PackedRow] = []
+        for rows in steps:
+            taken = rows[worker::num_workers]
+            # Every worker takes part in every collective: one that has no row gets an empty one.
+            missing = -(-len(rows) // num_workers) - len(taken)
+            mine += taken + [empty_row(rows[0])] * missing
+        texts = [json.dumps({"keys": row.keys, "skipped": row.skipped}) for row in mine]
+        yield {
+            "step": np.array([[row.step for row in mine]]),
+            "patches": np.stack([row.patches for row in mine])[None],
+            "image_size": np.stack([row.image_size for row in mine])[None].astype(np.int32),
+            "tile_position": np.stack([row.tile_position for row in mine])[None],
+            "max_seqlen": np.array([[row.max_seqlen for row in mine]]),
+            "texts": np.array([json.dumps(texts)]),
+        }
+
+
+def empty_row(row: PackedRow) -> PackedRow:
+    """Return a row of the same shape that holds nothing."""
+    return dataclasses.replace(
+        row,
+        patches=np.zeros_like(row.patches),
+        image_size=np.zeros_like(row.image_size),
+        tile_position=np.zeros_like(row.tile_position),
+        keys=[],
+        skipped=[],
+    )
+
+
+def iterate_steps(
+    records: Iterable[dict[str, NDArray[Any]]], first_step: int
+) -> Iterator[StepRows]:
+    """Turn a worker's records into its steps, and check that none is missing or doubled.
+
+    Args:
+        records: batches of one record each, as `iter_batches(batch_size=None)` gives them.
+
+    Raises:
+        RuntimeError: a step arrives out of turn.
+    """
+    expected = first_step
+    for record in records:
+        rows = _rows_of_record(record)
+        for step in dict.fromkeys(row.step for row in rows):
+            if step != expected:
+                raise RuntimeError(f"data of step {step} arrived where step {expected} was due")
+            yield StepRows(step, [row for row in rows if row.step == step])
+            expected += 1
+
+
+def _rows_of_record(record: dict[str, NDArray[Any]]) -> list[PackedRow]:
+    texts = [json.loads(text) for text in json.loads(str(record["texts"][0]))]
+    return [
+        PackedRow(
+            step=int(record["step"][0][i]),
+            # Blocks in the object store are read-only, which torch would warn about; a row is
+            # copied once here, while the step before it computes.
+            patches=np.array(record["patches"][0][i]),
+            image_size=np.array(record["image_size"][0][i]),
+            tile_position=np.array(record["tile_position"][0][i]),
+            keys=text["keys"],
+            skipped=[(shard, key, reason) for shard, key, reason in text["skipped"]],
+            max_seqlen=int(record["max_seqlen"][0][i]),
+        )
+        for i, text in enumerate(texts)
+    ]

@@ -1,0 +1,338 @@
+"""The order of samples, a pure function of corpus size and seed, and the plan of every step.
+
+An epoch is a keyed permutation of chunks of neighbouring samples; the stream of all epochs is cut
+into steps; a step's samples are shuffled, cropped and packed by keys. Nothing is walked through
+and nothing is stored: any step is found at once, on any machine, with the same result.
+"""
+
+import dataclasses
+from functools import cached_property
+from math import ceil, log, sqrt
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pipelines.corpus import Manifest, SampleRecords
+from pipelines.packing import pack_best_fit
+from vitok.config import config
+from vitok.patches import fit_to_budget, grid_size
+
+_FEISTEL_ROUNDS = 6
+_PURPOSE_CHUNKS, _PURPOSE_SHUFFLE, _PURPOSE_VIEW = 1, 2, 3
+_SHRINK = 0.97  # budgets of a step that overflows its rows are lowered by this until it fits
+
+
+@config
+class DataConfig:
+    """Which images are used, and how they are cropped.
+
+    Attributes:
+        manifest: folder that `vitok corpus index` wrote: the training images.
+        eval_manifest: the same for held-out images; empty for none.
+        row_tokens: tokens of a packed row, the unit of one forward pass.
+        crop_area: smallest share of an image's area that a random crop keeps; 1 keeps it whole.
+        crop_aspect: a crop's aspect ratio is the image's, changed by at most this factor.
+        chunk_samples: neighbouring samples that stay together when an epoch is shuffled, so that
+            they are read in one request.
+        max_unreadable: a run stops once more than this fraction of its samples was unreadable.
+    """
+
+    manifest: str = ""
+    eval_manifest: str = ""
+    row_tokens: int = 8192
+    crop_area: float = 0.5
+    crop_aspect: float = 1.2
+    chunk_samples: int = 16
+    max_unreadable: float = 0.01
+
+    def __post_init__(self) -> None:
+        if not 0 < self.crop_area <= 1:
+            raise ValueError(f"crop_area={self.crop_area} must be above 0 and at most 1")
+        if self.crop_aspect < 1:
+            raise ValueError(f"crop_aspect={self.crop_aspect} must be at least 1")
+        if self.chunk_samples < 1:
+            raise ValueError(f"chunk_samples={self.chunk_samples} must be at least 1")
+
+
+@config
+class Stage:
+    """A part of the schedule with one distribution of token budgets.
+
+    Attributes:
+        steps: optimizer steps.
+        images_per_step: images of a global step, over all workers.
+        token_budgets: every image draws one of these, with equal chances, as its most tokens.
+        rows_per_step: packed rows of a global step; 0 takes what the first steps need. A step
+            whose images need more lowers its budgets a little.
+    """
+
+    steps: int
+    images_per_step: int
+    token_budgets: tuple[int, ...] = (256,)
+    rows_per_step: int = 0
+
+    def __post_init__(self) -> None:
+        if self.steps < 1 or self.images_per_step < 1:
+            raise ValueError(
+                f"steps={self.steps} and images_per_step={self.images_per_step} must be at least 1"
+            )
+        if not self.token_budgets or min(self.token_budgets) < 1:
+            raise ValueError(f"token_budgets={self.token_budgets} must be positive numbers")
+
+    def max_images_per_row(self, row_tokens: int) -> int:
+        """Return the image slots of a row: a fifth more than the smallest budget needs."""
+        return ceil(1.2 * row_tokens / min(self.token_budgets))
+
+
+@dataclasses.dataclass(frozen=True)
+class SampleView:
+    """One use of one sample.
+
+    Attributes:
+        sample_id: number in the manifest.
+        epoch: how often the corpus was used before.
+        crop: (top, left, height, width) in pixels of the image.
+        size: (height, width) that the crop is resized to.
+        tile_position: two numbers in [0, 1), where in the image the loss looks closely.
+    """
+
+    sample_id: int
+    epoch: int
+    crop: tuple[int, int, int, int]
+    size: tuple[int, int]
+    tile_position: tuple[float, float]
+
+    def num_tokens(self, patch_size: int) -> int:
+        """Patches that the resized crop has."""
+        rows, columns = grid_size(*self.size, patch_size)
+        return rows * columns
+
+
+@dataclasses.dataclass(frozen=True)
+class StepPlan:
+    """The packed rows of one global step, before any pixel is read.
+
+    Attributes:
+        rows: samples of each row, in the order in which they lie in it.
+        records: where the samples lie in the shards, by sample_id.
+    """
+
+    rows: list[list[SampleView]]
+    records: SampleRecords
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """The whole of a training's data, step by step.
+
+    Raises:
+        ValueError: a budget is larger than a row.
+    """
+
+    manifest: Manifest
+    data: DataConfig
+    stages: tuple[Stage, ...]
+    patch_size: int
+    seed: int
+
+    def __post_init__(self) -> None:
+        for stage in self.stages:
+            if max(stage.token_budgets) > self.data.row_tokens:
+                raise ValueError(
+                    f"token_budgets={stage.token_budgets} exceed row_tokens={self.data.row_tokens}"
+                )
+
+    @property
+    def num_steps(self) -> int:
+        """Optimizer steps of all stages."""
+        return sum(stage.steps for stage in self.stages)
+
+    def stage_index(self, step: int) -> int:
+        """Return which stage a step belongs to."""
+        for index, stage in enumerate(self.stages):
+            if step < stage.steps:
+                return index
+            step -= stage.steps
+        raise ValueError(f"the plan has {self.num_steps} steps, there is no step {step} after them")
+
+    def stage_of(self, step: int) -> Stage:
+        """Return the stage that a step belongs to."""
+        return self.stages[self.stage_index(step)]
+
+    def images_before(self, step: int) -> int:
+        """Return the samples that all steps before this one use: the step's place in the stream."""
+        images = 0
+        for stage in self.stages:
+            images += min(step, stage.steps) * stage.images_per_step
+            step = max(0, step - stage.steps)
+        return images
+
+    def cursor(self, step: int) -> dict[str, int]:
+        """Return where the stream stands before a step: epoch and position in it."""
+        epoch, position = divmod(self.images_before(step), self.manifest.num_samples)
+        return {"step": step, "epoch": epoch, "position": position}
+
+    @cached_property
+    def rows_per_step(self) -> tuple[int, ...]:
+        """Packed rows of a global step, for each stage; independent of the number of workers."""
+        return tuple(stage.rows_per_step or self._rows_needed(stage) for stage in self.stages)
+
+    def _rows_needed(self, stage: Stage) -> int:
+        first = sum(other.steps for other in self.stages[: self.stages.index(stage)])
+        return max(
+            len(self._pack(stage, self._views(step, stage, 1.0)[0]))
+            for step in range(first, first + min(4, stage.steps))
+        )
+
+    def step(self, step: int) -> StepPlan:
+        """Plan one global step: rows_per_step rows, of which the last may be empty."""
+        index = self.stage_index(step)
+        stage, num_rows = self.stages[index], self.rows_per_step[index]
+        if num_rows * stage.max_images_per_row(self.data.row_tokens) < stage.images_per_step:
+            raise ValueError(
+                f"rows_per_step={num_rows} has no room for images_per_step="
+                f"{stage.images_per_step}; raise it, or set it to 0"
+            )
+        shrink = 1.0
+        while True:
+            views, records = self._views(step, stage, shrink)
+            rows = self._pack(stage, views)
+            if len(rows) <= num_rows:
+                rows += [[] for _ in range(num_rows - len(rows))]
+                return StepPlan([[views[i] for i in row] for row in rows], records)
+            shrink *= _SHRINK
+
+    def _pack(self, stage: Stage, views: list[SampleView]) -> list[list[int]]:
+        return pack_best_fit(
+            [view.num_tokens(self.patch_size) for view in views],
+            row_tokens=self.data.row_tokens,
+            max_images=stage.max_images_per_row(self.data.row_tokens),
+        )
+
+    def _views(
+        self, step: int, stage: Stage, shrink: float
+    ) -> tuple[list[SampleView], SampleRecords]:
+        epochs, sample_ids = sample_order(
+            self.images_before(step),
+            stage.images_per_step,
+            num_samples=self.manifest.num_samples,
+            chunk_samples=self.data.chunk_samples,
+            seed=self.seed,
+        )
+        shuffle = np.argsort(_hash(self.seed, _PURPOSE_SHUFFLE, step, epochs, sample_ids))
+        epochs, sample_ids = epochs[shuffle], sample_ids[shuffle]
+        records = self.manifest.records(sample_ids)
+        draws = [
+            _uniform(_hash(self.seed, _PURPOSE_VIEW, epochs, sample_ids, draw)) for draw in range(7)
+        ]
+        views = []
+        for i in range(len(sample_ids)):
+            crop = _random_crop(
+                int(records.height[i]), int(records.width[i]), self.data, [d[i] for d in draws[:4]]
+            )
+            budget = stage.token_budgets[int(draws[4][i] * len(stage.token_budgets))]
+            views.append(
+                SampleView(
+                    sample_id=int(sample_ids[i]),
+                    epoch=int(epochs[i]),
+                    crop=crop,
+                    size=fit_to_budget(
+                        crop[2],
+                        crop[3],
+                        patch_size=self.patch_size,
+                        token_budget=max(1, int(budget * shrink)),
+                    ),
+                    tile_position=(float(draws[5][i]), float(draws[6][i])),
+                )
+            )
+        return views, records
+
+
+def sample_order(
+    start: int, count: int, *, num_samples: int, chunk_samples: int, seed: int
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Return the samples at places start to start + count of the endless stream of epochs.
+
+    Every epoch holds every sample once. Its whole chunks come in an order of its own; the
+    remainder that fills no chunk comes last.
+
+    Returns:
+        (epoch, sample id) of each, int64 [count].
+    """
+    epoch, place = np.divmod(np.arange(start, start + count, dtype=np.int64), num_samples)
+    chunk, offset = np.divmod(place, chunk_samples)
+    num_chunks = num_samples // chunk_samples
+    whole = chunk < num_chunks
+    if num_chunks:
+        chunk[whole] = permute(chunk[whole], num_chunks, _hash(seed, _PURPOSE_CHUNKS, epoch[whole]))
+    return epoch, chunk * chunk_samples + offset
+
+
+def permute(index: NDArray[np.int64], size: int, key: NDArray[np.uint64]) -> NDArray[np.int64]:
+    """Apply a keyed permutation of range(size) to each index, in constant memory.
+
+    A balanced Feistel network over the next even power of two, walked until the result is in
+    range (Black and Rogaway 2002, "Ciphers with arbitrary finite domains").
+
+    Args:
+        index: values in range(size).
+        key: one for each index; equal keys mean the same permutation.
+    """
+    half_bits = max(1, (max(1, size - 1).bit_length() + 1) // 2)
+    shift, mask = np.uint64(half_bits), np.uint64((1 << half_bits) - 1)
+    value = index.astype(np.uint64)
+    pending = np.ones(len(value), dtype=bool)
+    while pending.any():
+        left, right = value[pending] >> shift, value[pending] & mask
+        for round_number in range(_FEISTEL_ROUNDS):
+            mixed = _hash(key[pending], round_number, right) & mask
+            left, right = right, left ^ mixed
+        value[pending] = (left << shift) | right
+        pending = value >= size
+    return value.astype(np.int64)
+
+
+def _hash(*parts: int | NDArray[np.int64] | NDArray[np.uint64]) -> NDArray[np.uint64]:
+    """Mix integers into 64 random bits, elementwise (splitmix64, Steele et al. 2014).
+
+    Spelled out rather than taken from a generator, whose streams may change with its version.
+    """
+    with np.errstate(over="ignore"):
+        state: NDArray[np.uint64] = np.zeros(1, dtype=np.uint64)
+        for part in parts:
+            state = state + np.asarray(part).astype(np.uint64) + np.uint64(0x9E3779B97F4A7C15)
+            state = (state ^ (state >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+            state = (state ^ (state >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+            state = state ^ (state >> np.uint64(31))
+    return state
+
+
+def _uniform(bits: NDArray[np.uint64]) -> NDArray[np.float64]:
+    """Return numbers in [0, 1) from 64 random bits each."""
+    return (bits >> np.uint64(11)).astype(np.float64) * 2.0**-53
+
+
+def whole_view(
+    records: SampleRecords, index: int, patch_size: int, token_budget: int
+) -> SampleView:
+    """Return the view of a whole image, resized to the budget: for evaluation and caching."""
+    height, width = int(records.height[index]), int(records.width[index])
+    return SampleView(
+        sample_id=int(records.sample_id[index]),
+        epoch=0,
+        crop=(0, 0, height, width),
+        size=fit_to_budget(height, width, patch_size=patch_size, token_budget=token_budget),
+        tile_position=(0.5, 0.5),
+    )
+
+
+def _random_crop(
+    height: int, width: int, data: DataConfig, draws: list[float]
+) -> tuple[int, int, int, int]:
+    area = data.crop_area + (1 - data.crop_area) * draws[0]
+    stretch = np.exp((2 * draws[1] - 1) * log(data.crop_aspect))
+    crop_height = min(height, max(1, round(height * sqrt(area * stretch))))
+    crop_width = min(width, max(1, round(width * sqrt(area / stretch))))
+    top = int(draws[2] * (height - crop_height + 1))
+    left = int(draws[3] * (width - crop_width + 1))
+    return top, left, crop_height, crop_width

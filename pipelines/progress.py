@@ -1,0 +1,80 @@
+"""Progress of work that runs elsewhere on the cluster, drawn by the command that started it."""
+
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import ray
+from tqdm import tqdm
+
+_POLL_S = 0.5
+
+
+@ray.remote(num_cpus=0)
+class ProgressBoard:
+    """Where remote work says how far it is; the command that started it reads it."""
+
+    def __init__(self) -> None:
+        self._done = 0
+        self._status = ""
+        self._messages: list[str] = []
+
+    def update(self, done: int, status: str) -> None:
+        """Say how much is done, in the units of the bar, and what there is to say about it."""
+        self._done = done
+        self._status = status
+
+    def advance(self, count: int, status: str = "") -> None:
+        """Say that so much more is done."""
+        self.update(self._done + count, status)
+
+    def message(self, text: str) -> None:
+        """Leave a line that is printed above the bar."""
+        self._messages.append(text)
+
+    def read(self) -> tuple[int, str, list[str]]:
+        """Return how much is done, the status, and the lines since the last call."""
+        messages, self._messages = self._messages, []
+        return self._done, self._status, messages
+
+
+@contextmanager
+def progress_bar(title: str, total: int, unit: str, done: int = 0) -> Iterator[Any]:
+    """Draw a bar while the body runs; gives the ProgressBoard to hand to remote work."""
+    board = ProgressBoard.remote()  # type: ignore[attr-defined]
+    finished = threading.Event()
+    # A log file gets a line now and then, a terminal a bar that moves.
+    interval_s = _POLL_S if sys.stderr.isatty() else 10.0
+
+    def draw(bar: Any) -> None:
+        count, status, messages = ray.get(board.read.remote())
+        for message in messages:
+            tqdm.write(message, file=sys.stderr)
+        bar.set_postfix_str(status, refresh=False)
+        bar.update(max(0, count - bar.n))
+
+    def watch(bar: Any) -> None:
+        while not finished.wait(_POLL_S):
+            draw(bar)
+
+    with tqdm(
+        total=total,
+        desc=title,
+        unit=unit,
+        initial=done,
+        mininterval=interval_s,
+        dynamic_ncols=True,
+        file=sys.stderr,
+    ) as bar:
+        watcher = threading.Thread(target=watch, args=(bar,), daemon=True)
+        watcher.start()
+        try:
+            yield board
+            finished.set()
+            watcher.join()
+            draw(bar)
+        finally:
+            finished.set()
+            watcher.join()

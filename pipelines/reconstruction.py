@@ -1,0 +1,181 @@
+"""How well images are reconstructed: results, means and pictures, in training and after it."""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from statistics import fmean
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from numpy.typing import NDArray
+from torch import Tensor
+
+from pipelines.corpus import Manifest
+from pipelines.ingest import PackedRow, empty_row, load_rows
+from pipelines.packing import pack_best_fit
+from pipelines.plan import whole_view
+from vitok.metrics import constant_patches, psnr, ssim
+from vitok.packed import PackedTokens, unpack_images
+from vitok.patches import grid_size
+
+_ERROR_GAIN = 4.0  # error maps show |x - y| this many times brighter
+
+Reconstruct = Callable[[PackedTokens], PackedTokens]
+
+
+@dataclasses.dataclass(frozen=True)
+class ImageResult:
+    """One evaluated image.
+
+    Attributes:
+        key: its key in the corpus.
+        height, width: pixels at which it was evaluated.
+        num_tokens: patches of it.
+        psnr, ssim: of the reconstruction; data range 2 for values in [-1, 1].
+        baseline_psnr: of the best image with one colour in every patch.
+    """
+
+    key: str
+    height: int
+    width: int
+    num_tokens: int
+    psnr: float
+    ssim: float
+    baseline_psnr: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Pictured:
+    """Source and reconstruction of an image, [3, H, W] in [-1, 1]."""
+
+    key: str
+    source: Tensor
+    reconstruction: Tensor
+
+
+def evaluation_rows(
+    manifest: Manifest,
+    *,
+    patch_size: int,
+    token_budget: int,
+    row_tokens: int,
+    max_images: int | None = None,
+) -> list[PackedRow]:
+    """Pack whole images at their own aspect ratio, resized to the budget; in corpus order.
+
+    Args:
+        max_images: take the first images only.
+    """
+    count = min(manifest.num_samples, max_images or manifest.num_samples)
+    records = manifest.records(np.arange(count))
+    views = [whole_view(records, i, patch_size, token_budget) for i in range(count)]
+    lengths = [view.num_tokens(patch_size) for view in views]
+    rows = pack_best_fit(lengths, row_tokens=max(row_tokens, token_budget), max_images=count)
+    rows.sort(key=lambda members: members[0])
+    return load_rows(
+        manifest,
+        records,
+        [[views[i] for i in members] for members in rows],
+        step=0,
+        patch_size=patch_size,
+        row_tokens=max(row_tokens, token_budget),
+        max_images=max(len(members) for members in rows),
+        max_seqlen=token_budget,
+    )
+
+
+@torch.no_grad()
+def evaluate_rows(
+    reconstruct: Reconstruct, rows: Sequence[PackedRow], device: torch.device, num_pictures: int
+) -> tuple[list[ImageResult], list[Pictured]]:
+    """Reconstruct packed rows and judge every image.
+
+    Returns:
+        one result for each image in the order of the rows, and the first pictures.
+    """
+    results: list[ImageResult] = []
+    pictures: list[Pictured] = []
+    for row in rows:
+        packed, _ = row.to_packed(device)
+        output = reconstruct(packed)
+        patch_size = round((row.patches.shape[1] / 3) ** 0.5)
+        sources = unpack_images(packed, patch_size)
+        images = unpack_images(output.with_tokens(output.tokens.float()), patch_size)
+        for key, source, image in zip(row.keys, sources, images, strict=True):
+            results.append(judge(key, source, image, patch_size))
+            if len(pictures) < num_pictures:
+                pictures.append(Pictured(key, source.cpu(), image.cpu()))
+    return results, pictures
+
+
+def judge(key: str, source: Tensor, image: Tensor, patch_size: int) -> ImageResult:
+    """Compare one image [3, H, W] with its source, both in [-1, 1]."""
+    height, width = source.shape[1:]
+    grid_rows, grid_columns = grid_size(height, width, patch_size)
+    return ImageResult(
+        key=key,
+        height=height,
+        width=width,
+        num_tokens=grid_rows * grid_columns,
+        psnr=psnr(image, source),
+        ssim=ssim(image, source),
+        baseline_psnr=psnr(constant_patches(source, patch_size), source),
+    )
+
+
+def evaluate_on_all_ranks(
+    reconstruct: Reconstruct, rows: Sequence[PackedRow], device: torch.device, num_pictures: int
+) -> tuple[list[ImageResult], list[Pictured]]:
+    """Share the rows among the ranks, which a sharded model needs; called by every rank.
+
+    Returns:
+        on rank 0 the results of all images and some pictures; elsewhere of this rank's alone.
+    """
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    mine = list(rows[rank::world_size])
+    # Each forward pass is a collective: every rank makes the same number of them.
+    mine += [empty_row(rows[0])] * (-(-len(rows) // world_size) - len(mine))
+    results, pictures = evaluate_rows(reconstruct, mine, device, num_pictures)
+    gathered: list[list[ImageResult]] = [[] for _ in range(world_size)]
+    dist.all_gather_object(gathered, results)
+    merged = [result for part in gathered for result in part] if rank == 0 else results
+    return merged, pictures
+
+
+def summarize(results: Sequence[ImageResult]) -> dict[str, float]:
+    """Return the means over images that trackers and tables show."""
+    return {
+        "eval_psnr": fmean(result.psnr for result in results),
+        "eval_ssim": fmean(result.ssim for result in results),
+        "eval_baseline_psnr": fmean(result.baseline_psnr for result in results),
+        "eval_images": float(len(results)),
+    }
+
+
+def comparison(source: Tensor, reconstruction: Tensor) -> NDArray[np.uint8]:
+    """Draw original, reconstruction and error map side by side.
+
+    Args:
+        source, reconstruction: [3, H, W] in [-1, 1].
+
+    Returns:
+        [H, 3 W + 2 gaps, 3]
+    """
+    error = (source - reconstruction.clamp(-1, 1)).abs() / 2 * _ERROR_GAIN
+    gap = torch.ones(3, source.shape[1], 4)
+    panels = [(source + 1) / 2, gap, (reconstruction + 1) / 2, gap, error]
+    strip = torch.cat(panels, dim=2).clamp(0, 1)
+    return (strip * 255).round().to(torch.uint8).permute(1, 2, 0).numpy()
+
+
+def contact_sheet(pictures: Sequence[Pictured], columns: int = 2) -> NDArray[np.uint8]:
+    """Arrange the comparisons of several images on one white sheet [H, W, 3]."""
+    strips = [comparison(picture.source, picture.reconstruction) for picture in pictures]
+    cell_height = max(strip.shape[0] for strip in strips) + 8
+    cell_width = max(strip.shape[1] for strip in strips) + 8
+    sheet_rows = -(-len(strips) // columns)
+    sheet = np.full((sheet_rows * cell_height, columns * cell_width, 3), 255, dtype=np.uint8)
+    for index, strip in enumerate(strips):
+        top, left = index // columns * cell_height + 4, index % columns * cell_width + 4
+        sheet[top : top + strip.shape[0], left : left + strip.shape[1]] = strip
+    return sheet

@@ -1,0 +1,238 @@
+"""Training of the autoencoder: its config, its step, and the two handed to the loop."""
+
+import json
+import tempfile
+from pathlib import Path
+from typing import Any, Literal
+
+import ray.train
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from pipelines.corpus import Manifest
+from pipelines.ingest import PackedRow, load_step
+from pipelines.loop import (
+    CONFIG_FILE,
+    Evaluation,
+    RunConfig,
+    claim_folder,
+    fit,
+    latest_checkpoint,
+    launch,
+)
+from pipelines.plan import DataConfig, Plan, Stage
+from pipelines.reconstruction import (
+    contact_sheet,
+    evaluate_on_all_ranks,
+    evaluation_rows,
+    summarize,
+)
+from pipelines.storage import Folder
+from pipelines.tracking import Tracker, open_run
+from vitok.autoencoder import Autoencoder, AutoencoderConfig
+from vitok.checkpoint import load_weights
+from vitok.config import config, parse_config
+from vitok.initialize import start_from_pca
+from vitok.losses import LossConfig, ReconstructionLoss
+from vitok.optim import OptimConfig
+from vitok.pretrained import from_pretrained, save_pretrained
+
+_PCA_PATCHES = 16_384
+_NUM_PICTURES = 8
+
+
+@config
+class AutoencoderTraining:
+    """Everything that defines one training of an autoencoder.
+
+    Attributes:
+        model: shape of the autoencoder.
+        data: training and held-out images.
+        stages: schedule of token budgets; the learning rate follows the whole.
+        loss: weights of the loss terms.
+        optim: optimizer and learning rate.
+        run: how and where it runs.
+        start: draw all weights at random, or set the linear layers to a PCA of the patches.
+        eval_images: held-out images that an evaluation during training looks at.
+        seed: of weights, order, crops and tiles.
+    """
+
+    model: AutoencoderConfig
+    data: DataConfig
+    stages: tuple[Stage, ...]
+    loss: LossConfig = LossConfig()
+    optim: OptimConfig = OptimConfig()
+    run: RunConfig
+    start: Literal["random", "pca"] = "random"
+    eval_images: int = 64
+    seed: int = 0
+
+
+def run_training(settings: AutoencoderTraining) -> Folder:
+    """Train on the connected Ray cluster, or continue the run of this name, and export weights.
+
+    Call `prepare` first.
+
+    Returns:
+        the folder of the exported weights.
+
+    Raises:
+        RuntimeError: the workers failed more often than allowed; says why.
+    """
+    run = settings.run
+    with open_run(run.folder, run.name, run.tracking, run.storage, settings) as tracker:
+        launch(_worker, settings, plan_of(settings), tracker)
+        export = export_weights(settings)
+        tracker.set_tags({"export": export.uri})
+        if run.tracking.upload_weights:
+            with tempfile.TemporaryDirectory() as scratch:
+                tracker.log_files(export.download(Path(scratch)), "weights")
+    return export
+
+
+def prepare(settings: AutoencoderTraining) -> None:
+    """Check what can be checked before anything starts, and claim the run's folder.
+
+    Raises:
+        FileNotFoundError: a manifest, or the DINOv3 weights, are not there.
+        ValueError: the run's folder holds a run with another config.
+    """
+    plan_of(settings)
+    if settings.data.eval_manifest:
+        Manifest.load(settings.data.eval_manifest)
+    if settings.loss.dino:
+        ReconstructionLoss(settings.loss)
+    claim_folder(settings)
+
+
+def read_settings(folder: Folder) -> AutoencoderTraining:
+    """Return the config of the run in a folder.
+
+    Raises:
+        FileNotFoundError: there is no run.
+    """
+    text = folder.read_text(CONFIG_FILE)
+    if text is None:
+        raise FileNotFoundError(
+            f"{folder.uri} holds no run (no {CONFIG_FILE}); give the folder of a training run, "
+            "such as runs/NAME"
+        )
+    return parse_config(AutoencoderTraining, json.loads(text), f"{folder.uri}/{CONFIG_FILE}")
+
+
+def load_autoencoder(location: str) -> Autoencoder:
+    """Load a model for use, float32 and in eval mode on the CPU.
+
+    Args:
+        location: a training run (its newest checkpoint is taken), or a folder of weights with its
+            config.
+
+    Raises:
+        FileNotFoundError: there is neither, or the run has no checkpoint yet.
+        ValueError: the tensors are not those of the config.
+    """
+    folder = Folder.of(location)
+    with tempfile.TemporaryDirectory() as scratch:
+        if folder.exists("encoder.safetensors") or not folder.exists(CONFIG_FILE):
+            return from_pretrained(folder.download(Path(scratch)))
+        latest = latest_checkpoint(folder)
+        if latest is None:
+            raise FileNotFoundError(
+                f"the run in {folder.uri} has no complete checkpoint yet; wait for its first, or "
+                "lower run.checkpoint_every"
+            )
+        model = Autoencoder(read_settings(folder).model)
+        load_weights(model, latest[0].download(Path(scratch)))
+    return model.eval().requires_grad_(False)
+
+
+def export_weights(settings: AutoencoderTraining) -> Folder:
+    """Write the run's newest weights for from_pretrained into its folder `export`."""
+    export = settings.run.folder.child("export")
+    model = load_autoencoder(settings.run.folder.uri)
+    with tempfile.TemporaryDirectory() as scratch:
+        save_pretrained(Path(scratch), settings.model, model.state_dict())
+        export.upload(Path(scratch))
+    return export
+
+
+def plan_of(settings: AutoencoderTraining) -> Plan:
+    """Return the data plan of a training."""
+    if not settings.data.manifest:
+        raise ValueError(
+            "data.manifest is empty; make one with `vitok corpus index SHARDS --out FOLDER` and "
+            "give it as --data.manifest FOLDER"
+        )
+    return Plan(
+        manifest=Manifest.load(settings.data.manifest),
+        data=settings.data,
+        stages=settings.stages,
+        patch_size=settings.model.patch_size,
+        seed=settings.seed,
+    )
+
+
+def build_model(settings: AutoencoderTraining, plan: Plan) -> Autoencoder:
+    """Return the model at the start of a training: the same weights in every process."""
+    torch.manual_seed(settings.seed)
+    model = Autoencoder(settings.model)
+    model.reset_parameters()
+    if settings.start == "pca":
+        start_from_pca(model, _sample_patches(plan))
+    return model
+
+
+def reconstruction_step(
+    loss: ReconstructionLoss, model: nn.Module, row: PackedRow, device: torch.device
+) -> dict[str, Tensor]:
+    """Return the summed loss terms of one packed row."""
+    packed, tile_position = row.to_packed(device)
+    return loss(model(packed), packed, tile_position)
+
+
+def _worker(given: dict[str, Any]) -> None:
+    settings: AutoencoderTraining = given["settings"]
+    plan = plan_of(settings)
+    device = ray.train.torch.get_device()
+    loss = ReconstructionLoss(settings.loss).to(device)
+    held_out: list[PackedRow] = []
+    if settings.data.eval_manifest:
+        held_out = evaluation_rows(
+            Manifest.load(settings.data.eval_manifest),
+            patch_size=plan.patch_size,
+            token_budget=max(settings.stages[-1].token_budgets),
+            row_tokens=settings.data.row_tokens,
+            max_images=settings.eval_images,
+        )
+
+    def step(model: nn.Module, row: PackedRow, device: torch.device) -> dict[str, Tensor]:
+        return reconstruction_step(loss, model, row, device)
+
+    def evaluate(model: nn.Module, device: torch.device) -> Evaluation:
+        results, pictures = evaluate_on_all_ranks(model, held_out, device, _NUM_PICTURES)
+        images = {"reconstructions": contact_sheet(pictures)} if pictures else {}
+        return Evaluation(summarize(results), images)
+
+    fit(
+        build_model(settings, plan),
+        step,
+        plan=plan,
+        optim=settings.optim,
+        run=settings.run,
+        tracker=Tracker(**given["tracking"]) if dist.get_rank() == 0 else None,
+        board=given["board"],
+        evaluate=evaluate if held_out else None,
+    )
+
+
+def _sample_patches(plan: Plan) -> Tensor:
+    """Return at least _PCA_PATCHES normalised patches [N, 3P^2] of the first steps, or all."""
+    found: list[Tensor] = []
+    for step in range(plan.num_steps):
+        for row in load_step(plan, step):
+            packed, _ = row.to_packed(torch.device("cpu"))
+            found.append(packed.tokens[: row.num_tokens])
+        if sum(len(patches) for patches in found) >= _PCA_PATCHES:
+            break
+    return torch.cat(found)

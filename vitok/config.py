@@ -1,0 +1,85 @@
+"""Configs are frozen, keyword-only dataclasses that are written as JSON and read back strictly."""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any, TypeVar, dataclass_transform
+
+from pydantic import ConfigDict, TypeAdapter, ValidationError
+
+ConfigT = TypeVar("ConfigT")
+
+
+@dataclass_transform(frozen_default=True, kw_only_default=True)
+def config(cls: type[ConfigT]) -> type[ConfigT]:
+    """Make a class a frozen, keyword-only dataclass that refuses unknown keys in JSON."""
+    cls.__pydantic_config__ = ConfigDict(extra="forbid")  # type: ignore[attr-defined]
+    return dataclasses.dataclass(frozen=True, kw_only=True)(cls)
+
+
+def to_dict(value: Any) -> dict[str, Any]:
+    """Return a config as plain JSON types (tuples become lists, paths strings)."""
+    return TypeAdapter(type(value)).dump_python(value, mode="json")
+
+
+def flatten(value: Any) -> dict[str, Any]:
+    """Return a config as one flat mapping with dotted names, as trackers show it."""
+
+    def walk(prefix: str, node: Any) -> dict[str, Any]:
+        if isinstance(node, dict):
+            items = node.items()
+        elif isinstance(node, list) and node and isinstance(node[0], dict):
+            items = ((str(index), item) for index, item in enumerate(node))
+        else:
+            return {prefix: node}
+        flat: dict[str, Any] = {}
+        for name, item in items:
+            flat |= walk(f"{prefix}.{name}" if prefix else name, item)
+        return flat
+
+    return walk("", to_dict(value))
+
+
+def write_config(path: Path, value: Any) -> None:
+    """Write a config as indented JSON."""
+    path.write_text(json.dumps(to_dict(value), indent=2) + "\n")
+
+
+def parse_config(cls: type[ConfigT], fields: Any, source: str) -> ConfigT:
+    """Build a config from JSON types.
+
+    Raises:
+        ValueError: an unknown, missing or wrong field; `source` says where it came from.
+    """
+    try:
+        return TypeAdapter(cls).validate_python(fields)
+    except ValidationError as error:
+        complaints = "; ".join(
+            f"{'.'.join(map(str, item['loc'])) or cls.__name__}: {item['msg']}"
+            for item in error.errors()
+        )
+        raise ValueError(f"{source} does not hold a {cls.__name__}: {complaints}") from error
+
+
+def read_config(path: Path, cls: type[ConfigT]) -> ConfigT:
+    """Read a config that `write_config` wrote.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is no JSON, or has an unknown, missing or wrong field.
+    """
+    try:
+        fields = json.loads(path.read_text())
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} is not JSON: {error}") from error
+    return parse_config(cls, fields, str(path))
+
+
+def describe_difference(old: Any, new: Any) -> list[str]:
+    """List the fields in which two configs differ, as `name: old -> new`."""
+    before, after = flatten(old), flatten(new)
+    return [
+        f"{name}: {before.get(name)!r} -> {after.get(name)!r}"
+        for name in sorted(before.keys() | after.keys())
+        if before.get(name) != after.get(name)
+    ]
