@@ -5,41 +5,56 @@ import os
 import socket
 import subprocess
 import sys
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 
 @contextmanager
 def ray_session(num_cpus: int | None = None) -> Iterator[None]:
     """Connect to the cluster that RAY_ADDRESS names, or start one on this machine; then leave.
 
-    A cluster that was started here is stopped with all its processes, also after an interrupt.
+    A cluster that was started here is stopped with all its processes, also after an interrupt. A
+    process that is connected already stays as it is.
 
     Args:
         num_cpus: cores that a cluster started here offers; all of them by default.
     """
-    # Ray prints its own news by default; a command's screen belongs to the command.
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
-    os.environ.setdefault("RAY_DEDUP_LOGS", "1")
+    # The screen belongs to the command: its own bars and sentences. Ray's news is in its log files,
+    # and what stops a job comes back as an exception.
+    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
     import ray
 
-    warnings.filterwarnings("ignore", category=FutureWarning, module="ray")
-    address = os.environ.get("RAY_ADDRESS")
-    options = (
-        {"address": address} if address else {"num_cpus": num_cpus, "include_dashboard": False}
-    )
-    ray.init(logging_level=logging.ERROR, log_to_driver=False, **options)
+    if ray.is_initialized():
+        yield
+        return
+    options: dict[str, Any] = {"num_cpus": num_cpus, "include_dashboard": False}
+    if address := os.environ.get("RAY_ADDRESS"):
+        options = {"address": address}
+    with _silent_stderr():  # it prints that it obeys the variable; what fails is raised
+        ray.init(logging_level=logging.ERROR, log_to_driver=False, **options)
     from ray.data import DataContext
 
-    context = DataContext.get_current()
-    context.enable_progress_bars = False
-    context.print_on_execution_start = False
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
+    DataContext.get_current().enable_progress_bars = False
     try:
         yield
     finally:
         ray.shutdown()
+
+
+@contextmanager
+def _silent_stderr() -> Iterator[None]:
+    """Drop what C++ code of this process prints to standard error."""
+    sys.stderr.flush()
+    kept = os.dup(2)
+    with open(os.devnull, "wb") as nowhere:
+        os.dup2(nowhere.fileno(), 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
 
 
 def serve_mlflow(tracking_uri: str, port: int) -> None:

@@ -47,6 +47,7 @@ def quickstart() -> AutoencoderTraining:
             log_every=5,
             evaluate_every=60,
             checkpoint_every=30,
+            max_failures=1,
             tracking=TrackingConfig(upload_weights=True),
         ),
         start="pca",

@@ -149,10 +149,11 @@ class Plan:
 
     def stage_index(self, step: int) -> int:
         """Return which stage a step belongs to."""
+        end = 0
         for index, stage in enumerate(self.stages):
-            if step < stage.steps:
+            end += stage.steps
+            if step < end:
                 return index
-            step -= stage.steps
         raise ValueError(f"the plan has {self.num_steps} steps, there is no step {step} after them")
 
     def stage_of(self, step: int) -> Stage:
@@ -175,10 +176,14 @@ class Plan:
     @cached_property
     def rows_per_step(self) -> tuple[int, ...]:
         """Packed rows of a global step, for each stage; independent of the number of workers."""
-        return tuple(stage.rows_per_step or self._rows_needed(stage) for stage in self.stages)
+        return tuple(
+            stage.rows_per_step or self._rows_needed(index)
+            for index, stage in enumerate(self.stages)
+        )
 
-    def _rows_needed(self, stage: Stage) -> int:
-        first = sum(other.steps for other in self.stages[: self.stages.index(stage)])
+    def _rows_needed(self, index: int) -> int:
+        stage = self.stages[index]
+        first = sum(other.steps for other in self.stages[:index])
         return max(
             len(self._pack(stage, self._views(step, stage, 1.0)[0]))
             for step in range(first, first + min(4, stage.steps))
@@ -188,7 +193,9 @@ class Plan:
         """Plan one global step: rows_per_step rows, of which the last may be empty."""
         index = self.stage_index(step)
         stage, num_rows = self.stages[index], self.rows_per_step[index]
-        if num_rows * stage.max_images_per_row(self.data.row_tokens) < stage.images_per_step:
+        # What fits once every image has shrunk to a single token.
+        room = min(stage.max_images_per_row(self.data.row_tokens), self.data.row_tokens)
+        if num_rows * room < stage.images_per_step:
             raise ValueError(
                 f"rows_per_step={num_rows} has no room for images_per_step="
                 f"{stage.images_per_step}; raise it, or set it to 0"
@@ -330,7 +337,9 @@ def _random_crop(
     height: int, width: int, data: DataConfig, draws: list[float]
 ) -> tuple[int, int, int, int]:
     area = data.crop_area + (1 - data.crop_area) * draws[0]
-    stretch = np.exp((2 * draws[1] - 1) * log(data.crop_aspect))
+    # Stretched further, a crop of this area would reach over the image.
+    most = min(log(data.crop_aspect), -log(area))
+    stretch = np.exp((2 * draws[1] - 1) * most)
     crop_height = min(height, max(1, round(height * sqrt(area * stretch))))
     crop_width = min(width, max(1, round(width * sqrt(area / stretch))))
     top = int(draws[2] * (height - crop_height + 1))

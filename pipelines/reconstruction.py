@@ -18,6 +18,7 @@ from vitok.metrics import constant_patches, psnr, ssim
 from vitok.packed import PackedTokens, unpack_images
 from vitok.patches import grid_size
 
+_SHEET_WIDTH, _GAP = 1400, 12  # pixels
 _ERROR_GAIN = 4.0  # error maps show |x - y| this many times brighter
 
 Reconstruct = Callable[[PackedTokens], PackedTokens]
@@ -129,7 +130,7 @@ def evaluate_on_all_ranks(
     """Share the rows among the ranks, which a sharded model needs; called by every rank.
 
     Returns:
-        on rank 0 the results of all images and some pictures; elsewhere of this rank's alone.
+        the results of all images, and pictures of this rank's alone.
     """
     rank, world_size = dist.get_rank(), dist.get_world_size()
     mine = list(rows[rank::world_size])
@@ -138,8 +139,7 @@ def evaluate_on_all_ranks(
     results, pictures = evaluate_rows(reconstruct, mine, device, num_pictures)
     gathered: list[list[ImageResult]] = [[] for _ in range(world_size)]
     dist.all_gather_object(gathered, results)
-    merged = [result for part in gathered for result in part] if rank == 0 else results
-    return merged, pictures
+    return [result for part in gathered for result in part], pictures
 
 
 def summarize(results: Sequence[ImageResult]) -> dict[str, float]:
@@ -162,20 +162,26 @@ def comparison(source: Tensor, reconstruction: Tensor) -> NDArray[np.uint8]:
         [H, 3 W + 2 gaps, 3]
     """
     error = (source - reconstruction.clamp(-1, 1)).abs() / 2 * _ERROR_GAIN
-    gap = torch.ones(3, source.shape[1], 4)
+    gap = torch.ones(3, source.shape[1], _GAP // 3)
     panels = [(source + 1) / 2, gap, (reconstruction + 1) / 2, gap, error]
     strip = torch.cat(panels, dim=2).clamp(0, 1)
     return (strip * 255).round().to(torch.uint8).permute(1, 2, 0).numpy()
 
 
-def contact_sheet(pictures: Sequence[Pictured], columns: int = 2) -> NDArray[np.uint8]:
-    """Arrange the comparisons of several images on one white sheet [H, W, 3]."""
+def contact_sheet(pictures: Sequence[Pictured]) -> NDArray[np.uint8]:
+    """Arrange the comparisons of several images on one white sheet [H, W, 3], tallest first."""
     strips = [comparison(picture.source, picture.reconstruction) for picture in pictures]
-    cell_height = max(strip.shape[0] for strip in strips) + 8
-    cell_width = max(strip.shape[1] for strip in strips) + 8
-    sheet_rows = -(-len(strips) // columns)
-    sheet = np.full((sheet_rows * cell_height, columns * cell_width, 3), 255, dtype=np.uint8)
-    for index, strip in enumerate(strips):
-        top, left = index // columns * cell_height + 4, index % columns * cell_width + 4
+    strips.sort(key=lambda strip: -strip.shape[0])
+    width = max(_SHEET_WIDTH, *(strip.shape[1] + 2 * _GAP for strip in strips))
+    places: list[tuple[int, int]] = []
+    top, left, shelf_height = _GAP, _GAP, 0
+    for strip in strips:
+        if left + strip.shape[1] + _GAP > width:
+            top, left, shelf_height = top + shelf_height + _GAP, _GAP, 0
+        places.append((top, left))
+        left += strip.shape[1] + _GAP
+        shelf_height = max(shelf_height, strip.shape[0])
+    sheet = np.full((top + shelf_height + _GAP, width, 3), 255, dtype=np.uint8)
+    for strip, (top, left) in zip(strips, places, strict=True):
         sheet[top : top + strip.shape[0], left : left + strip.shape[1]] = strip
     return sheet

@@ -1,18 +1,18 @@
-"""One logical run is one MLflow run, however often its processes restart."""
+"""One logical run is one MLflow run, however often its processes restart.
+
+MLflow takes two seconds to import, so it is imported where a run is really written to: in the
+driver and on rank 0, not in every worker.
+"""
 
 import json
 import logging
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import mlflow
 import numpy as np
-from mlflow.entities import Metric, Param
-from mlflow.exceptions import MlflowException
-from mlflow.tracking import MlflowClient
-from mlflow.utils.time import get_current_time_millis
 from numpy.typing import NDArray
 
 from pipelines.storage import Folder
@@ -65,6 +65,8 @@ class Tracker:
     """
 
     def __init__(self, uri: str, run_id: str) -> None:
+        from mlflow.tracking import MlflowClient
+
         self.uri = uri
         self.run_id = run_id
         self._client = MlflowClient(uri)
@@ -82,7 +84,9 @@ class Tracker:
 
     def log_metrics(self, metrics: dict[str, float], step: int) -> None:
         """Record metrics at a step."""
-        now = get_current_time_millis()
+        from mlflow.entities import Metric
+
+        now = int(time.time() * 1000)
         points = [Metric(name, float(value), now, step) for name, value in metrics.items()]
         with _survive():
             self._client.log_batch(self.run_id, metrics=points)
@@ -119,6 +123,12 @@ def open_run(
         folder: remembers the run's id, so that a restart finds it.
         settings: the config whose fields become the run's parameters.
     """
+    import mlflow
+    from mlflow.entities import Param
+    from mlflow.tracking import MlflowClient
+
+    logging.getLogger("mlflow").setLevel(logging.WARNING)
+    logging.getLogger("alembic").setLevel(logging.WARNING)
     uri = tracking_uri(tracking, storage)
     client = MlflowClient(uri)
     note = json.loads(folder.read_text(_RUN_FILE) or "{}")
@@ -139,10 +149,10 @@ def open_run(
         yield Tracker(uri, run_id)
 
 
-def _experiment(client: MlflowClient, uri: str, name: str, storage: str) -> str:
+def _experiment(client: Any, uri: str, name: str, storage: str) -> str:
     experiment = client.get_experiment_by_name(name)
     if experiment is not None:
-        return experiment.experiment_id
+        return str(experiment.experiment_id)
     local = uri.startswith("sqlite:")
     artifacts = Path(storage).expanduser().absolute() / "artifacts" if local else None
     return client.create_experiment(
@@ -153,6 +163,8 @@ def _experiment(client: MlflowClient, uri: str, name: str, storage: str) -> str:
 @contextmanager
 def _survive() -> Iterator[None]:
     """Turn a failing tracking server into a warning."""
+    from mlflow.exceptions import MlflowException
+
     try:
         yield
     except (MlflowException, OSError) as error:

@@ -1,6 +1,7 @@
 """Sharded checkpoints of a training in progress (torch.distributed.checkpoint)."""
 
 import json
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -66,7 +67,9 @@ def load_weights(model: nn.Module, folder: Path) -> None:
     """
     state = {"model": model.state_dict()}
     _check_shapes(folder, state["model"])
-    dcp.load(state, storage_reader=dcp.FileSystemReader(folder), no_dist=True)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        dcp.load(state, storage_reader=dcp.FileSystemReader(folder), no_dist=True)
 
 
 def _check_shapes(folder: Path, weights: dict[str, Any]) -> None:

@@ -1,0 +1,309 @@
+import io
+import struct
+import zlib
+
+import numpy as np
+import pytest
+from PIL import Image, ImageCms, ImageOps
+
+from jobs.sample_corpus import EVAL_PHOTOGRAPHS, TRAIN_PHOTOGRAPHS, photograph_path
+from pipelines import decode
+from pipelines.decode import UnreadableImage, decode_rgb, image_size
+
+ORIENTATION_TAG = 0x0112
+
+
+def encode(image: Image.Image, format: str, **options: object) -> bytes:
+    stream = io.BytesIO()
+    image.save(stream, format=format, **options)
+    return stream.getvalue()
+
+
+def photograph(name: str) -> Image.Image:
+    [entry] = [e for e in TRAIN_PHOTOGRAPHS + EVAL_PHOTOGRAPHS if name in e[1]]
+    return Image.open(photograph_path(*entry)).convert("RGB")
+
+
+@pytest.fixture(scope="module")
+def cat() -> Image.Image:
+    return photograph("chelsea")
+
+
+def oriented(image: Image.Image, format: str, orientation: int) -> bytes:
+    exif = Image.Exif()
+    exif[ORIENTATION_TAG] = orientation
+    return encode(image, format, exif=exif)
+
+
+def upright(data: bytes) -> Image.Image:
+    image = Image.open(io.BytesIO(data))
+    if image.format == "TIFF":
+        image.load()
+        return image.convert("RGB")
+    return ImageOps.exif_transpose(image).convert("RGB")
+
+
+def psnr(a: np.ndarray, b: np.ndarray) -> float:
+    error = np.mean((a.astype(np.float64) - b.astype(np.float64)) ** 2)
+    return 99.0 if error == 0 else 10 * np.log10(255**2 / error)
+
+
+def png_of_header(width: int, height: int) -> bytes:
+    def chunk(kind: bytes, body: bytes) -> bytes:
+        return (
+            struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+        )
+
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0))
+    pixels = chunk(b"IDAT", zlib.compress(bytes(100)))
+    return b"\x89PNG\r\n\x1a\n" + header + pixels + chunk(b"IEND", b"")
+
+
+@pytest.mark.parametrize("format", ["JPEG", "PNG", "WEBP", "TIFF", "AVIF"])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_every_orientation_decodes_as_exif_transpose_of_the_full_image(
+    cat: Image.Image, format: str, orientation: int
+) -> None:
+    data = oriented(cat.crop((100, 50, 171, 90)), format, orientation)
+    expected = np.asarray(upright(data))
+    assert image_size(data) == expected.shape[:2] == ((40, 71) if orientation < 5 else (71, 40))
+    np.testing.assert_array_equal(decode_rgb(data), expected)
+    top, left, height, width = crop = (3, 11, 30, 25)
+    expected_crop = expected[top : top + height, left : left + width]
+    np.testing.assert_array_equal(decode_rgb(data, crop=crop), expected_crop)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_a_turned_image_is_cropped_and_resized_as_the_upright_one(
+    cat: Image.Image, orientation: int
+) -> None:
+    data = oriented(cat, "PNG", orientation)
+    top, left, height, width = crop = (20, 70, 200, 110)
+    box = (left, top, left + width, top + height)
+    expected = upright(data).resize((60, 90), Image.Resampling.BICUBIC, box=box)
+    difference = decode_rgb(data, crop=crop, size=(90, 60)).astype(int) - np.asarray(expected)
+    # Pillow resizes rows before columns, and rounds to 8 bits between.
+    assert np.abs(difference).max() <= 2
+
+
+def test_exif_behind_the_pixels_of_a_png_is_found(cat: Image.Image) -> None:
+    data = oriented(cat, "PNG", 6)
+    start = data.index(b"eXIf") - 4
+    stop = start + 12 + struct.unpack(">I", data[start : start + 4])[0]
+    moved = data[:start] + data[stop:-12] + data[start:stop] + data[-12:]
+    assert image_size(moved) == image_size(data) == (cat.width, cat.height)
+    np.testing.assert_array_equal(decode_rgb(moved), decode_rgb(data))
+
+
+def test_result_is_contiguous_writable_uint8(cat: Image.Image) -> None:
+    for orientation in (1, 6):
+        pixels = decode_rgb(oriented(cat, "JPEG", orientation), size=(64, 48))
+        assert pixels.shape == (64, 48, 3) and pixels.dtype == np.uint8
+        assert pixels.flags.c_contiguous and pixels.flags.writeable
+
+
+def test_scaled_jpeg_decode_stays_near_full_decode_and_bicubic() -> None:
+    qualities = []
+    for name in ("chelsea", "motorcycle", "rocket", "flower", "china", "coffee", "astronaut"):
+        image = photograph(name)
+        data = encode(image, "JPEG", quality=92)
+        full = Image.open(io.BytesIO(data)).convert("RGB")
+        for shrink in (2.0, 2.7, 4.4):
+            top, left = full.height // 7, full.width // 5
+            height, width = full.height - 2 * top, full.width - 2 * left
+            size = int(height / shrink), int(width / shrink)
+            box = (left, top, left + width, top + height)
+            expected = full.resize(size[::-1], Image.Resampling.BICUBIC, box=box)
+            pixels = decode_rgb(data, crop=(top, left, height, width), size=size)
+            qualities.append(psnr(pixels, np.asarray(expected)))
+    assert np.mean(qualities) >= 38.0
+    # Half a pixel of misplacement would cost far more than this.
+    assert min(qualities) >= 30.0
+    assert min(qualities) < 99.0, "nothing was decoded at a reduced scale"
+
+
+def test_jpeg_is_decoded_at_the_smallest_scale_that_holds_the_crop(
+    cat: Image.Image, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drafted = []
+    plugin = type(Image.open(io.BytesIO(encode(cat, "JPEG"))))
+    draft = plugin.draft
+
+    def recorded_draft(self: Image.Image, mode: str | None, size: tuple[int, int]) -> object:
+        result = draft(self, mode, size)
+        drafted.append(self.size)
+        return result
+
+    monkeypatch.setattr(plugin, "draft", recorded_draft)
+    data = encode(cat, "JPEG")
+    assert (cat.height, cat.width) == (300, 451)
+    decode_rgb(data, crop=(0, 0, 256, 256), size=(129, 128))
+    decode_rgb(data, crop=(0, 0, 100, 100))
+    assert drafted == []
+    decode_rgb(data, crop=(0, 0, 256, 256), size=(128, 128))
+    decode_rgb(data, crop=(0, 0, 256, 256), size=(64, 33))
+    decode_rgb(data, size=(8, 8))
+    assert drafted == [(226, 150), (113, 75), (57, 38)]
+
+
+def test_resize_without_scaled_decode_is_pillows_bicubic(cat: Image.Image) -> None:
+    data = encode(cat, "PNG")
+    for size in ((111, 170), (450, 600)):
+        expected = cat.resize(size[::-1], Image.Resampling.BICUBIC)
+        np.testing.assert_array_equal(decode_rgb(data, size=size), np.asarray(expected))
+
+
+def test_transparency_is_composited_over_mid_gray(cat: Image.Image) -> None:
+    image = cat.resize((64, 32))
+    alpha = np.tile(np.linspace(0, 255, 64).astype(np.uint8), (32, 1))
+    weight = alpha[..., None] / 255
+    rgba = np.dstack([np.asarray(image), alpha])
+    expected = np.asarray(image) * weight + 128 * (1 - weight)
+    pixels = decode_rgb(encode(Image.fromarray(rgba), "PNG"))
+    assert np.abs(pixels - expected).max() <= 1.0
+
+    gray = np.asarray(image.convert("L"))
+    gray_alpha = Image.merge("LA", [Image.fromarray(gray), Image.fromarray(alpha)])
+    expected = gray[..., None] * weight + 128 * (1 - weight)
+    assert np.abs(decode_rgb(encode(gray_alpha, "PNG")) - expected).max() <= 1.0
+
+    palette = image.quantize(16)
+    index = int(np.asarray(palette)[5, 5])
+    pixels = decode_rgb(encode(palette, "PNG", transparency=index))
+    transparent = np.asarray(palette) == index
+    assert transparent.any() and not transparent.all()
+    assert (pixels[transparent] == 128).all()
+    opaque = np.asarray(palette.convert("RGB"))[~transparent]
+    np.testing.assert_array_equal(pixels[~transparent], opaque)
+
+
+@pytest.mark.parametrize("byte_order", ["<", ">"])
+def test_sixteen_bit_gray_is_scaled_and_not_clipped(byte_order: str) -> None:
+    samples = np.linspace(0, 65535, 64 * 40).reshape(40, 64).astype(np.uint16)
+    expected = np.round(samples / 257).astype(np.uint8)
+    tiff = encode(Image.fromarray(samples.astype(f"{byte_order}u2")), "TIFF")
+    for data in (tiff, encode(Image.fromarray(samples), "PNG")):
+        pixels = decode_rgb(data)
+        for channel in range(3):
+            np.testing.assert_array_equal(pixels[..., channel], expected)
+
+
+def test_thirty_two_bit_gray_is_scaled_as_sixteen_bit_gray() -> None:
+    samples = np.linspace(-1000, 70000, 64 * 40).reshape(40, 64).astype(np.int32)
+    expected = np.clip(np.round(samples / 257), 0, 255)
+    pixels = decode_rgb(encode(Image.fromarray(samples), "TIFF"))
+    np.testing.assert_array_equal(pixels[..., 1], expected)
+
+
+@pytest.mark.parametrize("white", [1.0, 255.0])
+def test_float_gray_is_read_in_the_range_it_is_stored_in(white: float) -> None:
+    samples = np.linspace(-0.1 * white, white, 600).reshape(20, 30).astype(np.float32)
+    samples[0, 0] = np.nan
+    expected = np.round(np.clip(np.nan_to_num(samples) / white, 0, 1) * 255)
+    pixels = decode_rgb(encode(Image.fromarray(samples), "TIFF"))
+    assert np.abs(pixels[..., 0] - expected).max() <= 1
+    assert pixels.min() == 0 and pixels.max() == 255
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "P", "CMYK", "YCbCr"])
+def test_other_modes_are_converted_as_pillow_converts_them(cat: Image.Image, mode: str) -> None:
+    image = cat.resize((90, 60)).convert(mode)
+    data = encode(image, "JPEG" if mode in ("CMYK", "YCbCr") else "PNG")
+    expected = np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
+    np.testing.assert_array_equal(decode_rgb(data), expected)
+    if mode != "1":
+        original = np.asarray(image.convert("RGB"))
+        assert psnr(expected, original) > 25, "the reference itself is no longer the photograph"
+    shrunk = np.asarray(Image.fromarray(expected).resize((45, 30), Image.Resampling.BICUBIC))
+    assert psnr(decode_rgb(data, size=(30, 45)), shrunk) > 35
+
+
+def test_lab_is_converted_through_colour_profiles(cat: Image.Image) -> None:
+    lab, srgb = ImageCms.createProfile("LAB"), ImageCms.createProfile("sRGB")
+    image = cat.resize((90, 60))
+    to_lab = ImageCms.buildTransform(srgb, lab, "RGB", "LAB")
+    data = encode(ImageCms.applyTransform(image, to_lab), "TIFF")
+    assert Image.open(io.BytesIO(data)).mode == "LAB"
+    assert psnr(decode_rgb(data), np.asarray(image)) > 35
+
+
+def test_the_first_frame_of_an_animation_is_decoded(cat: Image.Image) -> None:
+    first, second = cat.resize((40, 30)), Image.new("RGB", (40, 30), "blue")
+    for format in ("GIF", "WEBP", "PNG"):
+        options = {"lossless": True} if format == "WEBP" else {}
+        data = encode(first, format, save_all=True, append_images=[second], **options)
+        assert Image.open(io.BytesIO(data)).n_frames == 2
+        assert psnr(decode_rgb(data), np.asarray(first)) > 25
+
+
+def test_unreadable_bytes_are_named_in_one_sentence(
+    cat: Image.Image, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    jpeg, png = encode(cat, "JPEG"), encode(cat, "PNG")
+    monkeypatch.setattr(decode, "MAX_PIXELS", 100_000)
+    for data, sentence in (
+        (b"", "zero bytes where an image should be"),
+        (b"it was a dark and stormy night", "not an image with an intact header"),
+        (png[:12], "not an image with an intact header"),
+        (jpeg[:12], "truncated image: "),
+        (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "not an image"),
+        (png_of_header(400, 300), r"too many pixels: 300x400 = 120000, the limit is 100000"),
+        (png_of_header(60_000, 60_000), r"too many pixels: .*3600000000.*, the limit is 100000"),
+    ):
+        with pytest.raises(UnreadableImage, match=sentence) as from_header:
+            image_size(data)
+        with pytest.raises(UnreadableImage, match=sentence):
+            decode_rgb(data)
+        assert "\n" not in str(from_header.value)
+
+
+def test_a_truncated_image_has_a_size_but_no_pixels(cat: Image.Image) -> None:
+    for format, sentence in (
+        ("JPEG", "truncated image"),
+        ("PNG", "truncated image"),
+        ("TIFF", "(truncated|damaged) image"),
+    ):
+        data = encode(cat, format)
+        data = data[: len(data) // 2]
+        assert image_size(data) == (cat.height, cat.width)
+        with pytest.raises(UnreadableImage, match=sentence):
+            decode_rgb(data)
+        with pytest.raises(UnreadableImage, match=sentence):
+            decode_rgb(data, size=(32, 32))
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning:PIL")
+def test_random_damage_is_decoded_or_named_and_nothing_else(cat: Image.Image) -> None:
+    rng = np.random.default_rng(0)
+    num_unreadable = 0
+    for format in decode.FORMATS:
+        intact = encode(cat.resize((48, 32)), format)
+        for _ in range(40):
+            damaged = bytearray(intact)
+            for position in rng.integers(len(intact), size=4):
+                damaged[position] = rng.integers(256)
+            try:
+                decode_rgb(bytes(damaged[: int(rng.integers(1, len(damaged) + 1))]))
+            except UnreadableImage:
+                num_unreadable += 1
+    assert num_unreadable > 100
+
+
+def test_pixel_limit_is_checked_without_decoding_and_without_warning(
+    recwarn: pytest.WarningsRecorder,
+) -> None:
+    allowed, refused = png_of_header(2**15, 2**14), png_of_header(2**15, 2**14 + 1)
+    assert image_size(allowed) == (2**14, 2**15)
+    assert not recwarn.list
+    with pytest.raises(UnreadableImage, match=f"the limit is {512 * 2**20}"):
+        decode_rgb(refused)
+
+
+def test_a_crop_outside_the_image_is_refused(cat: Image.Image) -> None:
+    data = encode(cat, "PNG")
+    for crop in ((0, 0, 301, 10), (0, 442, 10, 10), (-1, 0, 10, 10), (0, 0, 0, 10)):
+        with pytest.raises(ValueError, match="crop=") as error:
+            decode_rgb(data, crop=crop)
+        assert not isinstance(error.value, UnreadableImage)
+    with pytest.raises(ValueError, match="size="):
+        decode_rgb(data, size=(0, 10))

@@ -1,0 +1,260 @@
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections import defaultdict
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ray
+import torch
+from mlflow.tracking import MlflowClient
+
+from pipelines import train_autoencoder
+from pipelines.ingest import load_step
+from pipelines.loop import RunConfig, latest_checkpoint, next_step
+from pipelines.plan import Stage
+from pipelines.tracking import tracking_uri
+from pipelines.train_autoencoder import (
+    AutoencoderTraining,
+    build_model,
+    export_weights,
+    load_autoencoder,
+    plan_of,
+    prepare,
+    read_settings,
+    run_training,
+)
+from vitok.config import write_config
+from vitok.losses import ReconstructionLoss
+from vitok.optim import build_optimizer, learning_rate
+
+DRIVER = Path(__file__).with_name("recording_training.py")
+
+
+def train_plainly(settings: AutoencoderTraining) -> tuple[list[float], dict[str, torch.Tensor]]:
+    """Train in one process without Ray, sharding or accumulation tricks: the reference.
+
+    Returns:
+        the mean loss of every step, and the final weights.
+    """
+    plan = plan_of(settings)
+    model = build_model(settings, plan)
+    optimizer = build_optimizer(model, settings.optim)
+    loss_of = ReconstructionLoss(settings.loss)
+    num_images = sum(stage.steps * stage.images_per_step for stage in plan.stages)
+    losses, before = [], 0
+    for step in range(plan.num_steps):
+        rows = load_step(plan, step)
+        images = sum(len(row.keys) for row in rows)
+        assert images == plan.stage_of(step).images_per_step
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(settings.optim, (before + images / 2) / num_images)
+        before += images
+        total = torch.zeros(())
+        for row in rows:
+            packed, position = row.to_packed(torch.device("cpu"))
+            total = total + loss_of(model(packed), packed, position)["loss"]
+        (total / images).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), settings.optim.clip_norm)
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(total.item() / images)
+    return losses, model.state_dict()
+
+
+def history(run: RunConfig, metric: str) -> list[tuple[int, float]]:
+    """Return every recorded (step, value) of a metric of a run, in step order."""
+    uri = tracking_uri(run.tracking, run.storage)
+    run_id = json.loads(run.folder.read_text("mlflow.json") or "")["run_id"]
+    points = MlflowClient(uri).get_metric_history(run_id, metric)
+    return sorted((point.step, point.value) for point in points)
+
+
+def start_driver(settings: AutoencoderTraining, notes: Path, *arguments: str) -> subprocess.Popen:
+    config = notes / "config.json"
+    write_config(config, settings)
+    address = ray.get_runtime_context().gcs_address
+    return subprocess.Popen(
+        [sys.executable, str(DRIVER), str(config), str(notes), *arguments],
+        env=os.environ | {"RAY_ADDRESS": address},
+        stdout=(notes / "driver.log").open("a"),
+        stderr=subprocess.STDOUT,
+    )
+
+
+def wait_for_step(driver: subprocess.Popen, run: RunConfig, step: int, timeout_s: float) -> None:
+    deadline = time.monotonic() + timeout_s
+    while next_step(run.folder) < step:
+        assert driver.poll() is None, "the training ended before it could be killed"
+        assert time.monotonic() < deadline, f"no checkpoint of step {step} in {timeout_s} s"
+        time.sleep(0.05)
+
+
+def test_killed_run_resumes_with_the_same_samples_and_losses_as_one_never_killed(
+    ray_cluster: None, tiny_training: AutoencoderTraining, tmp_path: Path
+) -> None:
+    notes = tmp_path / "notes"
+    notes.mkdir()
+    settings = replace(
+        tiny_training,
+        stages=(replace(tiny_training.stages[0], steps=14), tiny_training.stages[1]),
+        run=replace(tiny_training.run, checkpoint_every=3, evaluate_every=100),
+    )
+    num_steps = plan_of(settings).num_steps
+
+    first = start_driver(settings, notes, "5")  # a worker dies, its group restarts
+    try:
+        wait_for_step(first, settings.run, 9, timeout_s=240)
+    finally:
+        first.kill()  # SIGKILL to the driver
+    assert first.wait() == -signal.SIGKILL
+    assert (notes / "killed").exists()
+    assert 9 <= next_step(settings.run.folder) < num_steps
+
+    last = replace(settings, run=replace(settings.run, num_workers=1))
+    assert start_driver(last, notes).wait(timeout=300) == 0, (notes / "driver.log").read_text()
+    assert next_step(settings.run.folder) == num_steps
+
+    _check_order(notes, settings)
+    losses, weights = train_plainly(settings)
+    recorded = history(settings.run, "loss")
+    assert [step for step, _ in recorded] == list(range(1, num_steps + 1)), "once a step"
+    torch.testing.assert_close([value for _, value in recorded], losses, rtol=2e-4, atol=0)
+    trained = load_autoencoder(settings.run.folder.uri).state_dict()
+    for name, expected in weights.items():
+        torch.testing.assert_close(trained[name], expected, rtol=0, atol=2e-3, msg=name)
+
+
+def _check_order(notes: Path, settings: AutoencoderTraining) -> None:
+    """Compare the ordered keys of every step, in every attempt that ran it, with the plan."""
+    plan = plan_of(settings)
+    # attempt -> step -> rank -> keys of its rows
+    attempts: dict[str, Any] = defaultdict(lambda: defaultdict(lambda: defaultdict(list)))
+    world_sizes: dict[str, int] = {}
+    for file in notes.glob("*.jsonl"):
+        for line in file.read_text().splitlines():
+            note = json.loads(line)
+            attempts[note["group"]][note["step"]][note["rank"]].append(note["keys"])
+            world_sizes[note["group"]] = note["world_size"]
+    assert sorted(world_sizes.values()) == [1, 2, 2], "two groups of two, then one worker"
+    complete: set[int] = set()
+    repeated = 0
+    for group, steps in attempts.items():
+        for step, by_rank in steps.items():
+            expected = [row.keys for row in load_step(plan, step)]
+            passes = -(-len(expected) // world_sizes[group])
+            if any(len(by_rank[rank]) < passes for rank in range(world_sizes[group])):
+                continue  # killed in the middle of this step
+            in_turn = [by_rank[r][i] for i in range(passes) for r in range(world_sizes[group])]
+            assert in_turn[: len(expected)] == expected, f"step {step} of attempt {group}"
+            repeated += step in complete
+            complete.add(step)
+    assert complete == set(range(plan.num_steps))
+    # Two kills, each of which costs the steps since the newest checkpoint. These steps are so short
+    # that the checkpoint before may still be on its way into Ray's record.
+    assert repeated <= 2 * 2 * settings.run.checkpoint_every
+
+
+def test_finished_run_is_recorded_exported_and_not_trained_again(
+    ray_cluster: None, tiny_training: AutoencoderTraining, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prepare(tiny_training)
+    export = run_training(tiny_training)
+    run = tiny_training.run
+    assert next_step(run.folder) == 6
+    assert read_settings(run.folder) == tiny_training
+    exported, trained = load_autoencoder(export.uri), load_autoencoder(run.folder.uri)
+    assert exported.config == tiny_training.model
+    for name, weight in trained.state_dict().items():
+        assert torch.equal(weight, exported.state_dict()[name]), name
+
+    assert [step for step, _ in history(run, "eval_psnr")] == [4, 6]
+    assert history(run, "eval_images")[0][1] == 5
+    for metric in ("charbonnier", "ssim_loss", "grad_norm", "lr", "tokens_per_s", "data_wait"):
+        assert len(history(run, metric)) == 6, metric
+    assert all(0 < value <= 1 for _, value in history(run, "token_utilisation"))
+    client = MlflowClient(tracking_uri(run.tracking, run.storage))
+    record = client.get_run(json.loads(run.folder.read_text("mlflow.json") or "")["run_id"])
+    assert record.info.status == "FINISHED"
+    assert record.data.params["model.encoder_width"] == "32"
+    assert record.data.params["stages.1.token_budgets"] == "[36, 64]"
+    images = client.list_artifacts(record.info.run_id, "images")
+    assert any(image.path.endswith(".png") for image in images)
+
+    monkeypatch.setattr(train_autoencoder, "_worker", None)  # would fail if it were started
+    assert run_training(tiny_training) == export
+    assert len(history(run, "loss")) == 6
+
+
+def test_run_name_with_another_config_is_refused_with_the_difference(
+    tiny_training: AutoencoderTraining,
+) -> None:
+    prepare(tiny_training)
+    prepare(replace(tiny_training, run=replace(tiny_training.run, num_workers=1)))
+    with pytest.raises(ValueError, match=r"has another config \(optim\.lr: 0\.003 -> 0\.1\)"):
+        prepare(replace(tiny_training, optim=replace(tiny_training.optim, lr=0.1)))
+
+
+def test_too_many_unreadable_samples_stop_the_run_and_are_named(
+    ray_cluster: None,
+    tiny_training: AutoencoderTraining,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    settings = replace(
+        tiny_training,
+        data=replace(
+            tiny_training.data,
+            manifest=str(_damaged_manifest(tiny_training, tmp_path)),
+            eval_manifest="",
+            max_unreadable=0.001,
+        ),
+        run=replace(tiny_training.run, max_failures=0),
+    )
+    prepare(settings)
+    with pytest.raises(RuntimeError, match=r"samples were unreadable.*max_unreadable=0\.001"):
+        run_training(settings)
+    assert next_step(settings.run.folder) == 0
+
+
+def _damaged_manifest(settings: AutoencoderTraining, tmp_path: Path) -> Path:
+    """Copy the corpus with the pixels of every second image cut off, headers intact."""
+    from pipelines.corpus import Manifest, build_manifest, read_samples, write_shards
+
+    source = Manifest.load(settings.data.manifest)
+    records = source.records(torch.arange(source.num_samples).numpy())
+    samples = [
+        {"__key__": str(key), "jpg": data[: len(data) // 2] if index % 2 else data}
+        for index, (key, data) in enumerate(
+            zip(records.key, read_samples(source, records), strict=True)
+        )
+    ]
+    shards = write_shards(samples, tmp_path / "damaged", "damaged", 100)
+    return build_manifest(shards, tmp_path / "damaged-manifest").path
+
+
+def test_checkpoint_of_another_architecture_is_refused(
+    ray_cluster: None, tiny_training: AutoencoderTraining
+) -> None:
+    short = replace(tiny_training, stages=(Stage(steps=1, images_per_step=4, token_budgets=(16,)),))
+    prepare(short)
+    run_training(short)
+    other = replace(short, model=replace(short.model, latent_channels=8))
+    write_config(Path(short.run.folder.uri) / "config.json", other)
+    with pytest.raises(ValueError, match=r"another architecture: .* should have shape \(8"):
+        export_weights(other)
+
+
+def test_half_written_checkpoint_is_never_chosen(tiny_training: AutoencoderTraining) -> None:
+    prepare(tiny_training)
+    folder = tiny_training.run.folder
+    (Path(folder.uri) / "step-00000002").mkdir()
+    assert latest_checkpoint(folder) is None
+    assert next_step(folder) == 0
+    with pytest.raises(FileNotFoundError, match="no complete checkpoint yet"):
+        load_autoencoder(folder.uri)

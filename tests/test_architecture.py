@@ -1,0 +1,104 @@
+"""The direction of imports, and what no source file may do; read from the sources themselves."""
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PACKAGES = ("vitok", "pipelines", "jobs", "cluster")
+FORBIDDEN_IMPORTS = {
+    "vitok": {"ray", "mlflow", "pipelines", "jobs", "cluster"},
+    "pipelines": {"jobs", "cluster"},
+}
+# Formats that run code when they are read.
+UNSAFE_MODULES = {"pickle", "cPickle", "_pickle", "cloudpickle", "dill", "marshal", "shelve"}
+
+
+def sources(package: str) -> dict[str, ast.Module]:
+    """Parse every file of a package, by its path."""
+    paths = sorted((ROOT / package).rglob("*.py"))
+    assert len(paths) >= 2, f"{package} has only {len(paths)} source files"
+    return {str(path.relative_to(ROOT)): ast.parse(path.read_text()) for path in paths}
+
+
+def imported_names(tree: ast.Module) -> Iterator[str]:
+    """Yield the dotted name of everything that a file imports, inside functions too."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"relative import of {node.module}"
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+        elif isinstance(node, ast.Call) and ast.unparse(node.func).endswith(
+            ("import_module", "__import__")
+        ):
+            yield ast.literal_eval(node.args[0])
+
+
+def unsafe_calls(tree: ast.Module) -> Iterator[str]:
+    """Yield the calls that can run what they read."""
+    for node in ast.walk(tree):
+        if not isinstance(node, ast.Call):
+            continue
+        name = ast.unparse(node.func)
+        if name in ("eval", "exec", "builtins.eval", "builtins.exec", "torch.load"):
+            yield name
+        yield from (
+            "allow_pickle"
+            for keyword in node.keywords
+            if keyword.arg == "allow_pickle" and ast.unparse(keyword.value) != "False"
+        )
+
+
+@pytest.mark.parametrize("package", FORBIDDEN_IMPORTS)
+def test_imports_point_one_way(package: str) -> None:
+    for path, tree in sources(package).items():
+        imported = {name.split(".")[0] for name in imported_names(tree)}
+        assert not imported & FORBIDDEN_IMPORTS[package], path
+
+
+def test_the_layers_do_use_each_other():
+    """Otherwise the test above could not fail."""
+
+    def imported(package: str) -> set[str]:
+        trees = sources(package).values()
+        return {name.split(".")[0] for tree in trees for name in imported_names(tree)}
+
+    assert {"torch", "vitok"} <= imported("vitok")
+    assert {"ray", "vitok", "pipelines"} <= imported("pipelines")
+    assert {"pipelines"} <= imported("jobs")
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_no_source_reads_a_format_that_runs_code(package: str) -> None:
+    for path, tree in sources(package).items():
+        names = set(imported_names(tree))
+        assert not {name.split(".")[0] for name in names} & UNSAFE_MODULES, path
+        assert "torch.load" not in names, path
+        assert not list(unsafe_calls(tree)), path
+
+
+def test_unsafe_calls_are_recognised_and_harmless_ones_are_not():
+    unsafe = "eval('1')\nexec('2')\ntorch.load(f)\nnp.load(f, allow_pickle=True)"
+    assert list(unsafe_calls(ast.parse(unsafe))) == ["eval", "exec", "torch.load", "allow_pickle"]
+    harmless = "model.eval()\njson.load(f)\nnp.load(f, allow_pickle=False)\nself.load(f)"
+    assert not list(unsafe_calls(ast.parse(harmless)))
+    nested = "def f():\n    from torch import load, nn\n    import pickle as p\n"
+    assert list(imported_names(ast.parse(nested))) == ["torch.load", "torch.nn", "pickle"]
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_every_module_says_what_it_is_for(package: str) -> None:
+    for path, tree in sources(package).items():
+        assert (ast.get_docstring(tree) or "").strip().endswith((".", ":", "`", "'")), path
+
+
+def test_vitok_is_a_library_on_its_own():
+    """Nothing that vitok imports is a module of this project outside vitok."""
+    own = {path.name for path in ROOT.iterdir() if (path / "__init__.py").is_file()}
+    assert set(PACKAGES) <= own
+    for path, tree in sources("vitok").items():
+        imported = {name.split(".")[0] for name in imported_names(tree)}
+        assert imported & own <= {"vitok"}, path

@@ -1,0 +1,65 @@
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+from torch import nn
+
+from vitok.autoencoder import Autoencoder, AutoencoderConfig
+
+
+@pytest.fixture(autouse=True)
+def one_seed_and_one_thread() -> Iterator[None]:
+    """Draw the same numbers in any order of tests; for tensors this small, threads are a cost."""
+    torch.manual_seed(0)
+    num_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(num_threads)
+
+
+@pytest.fixture(scope="session")
+def make_autoencoder() -> Callable[..., Autoencoder]:
+    """Build a tiny autoencoder in which no parameter has a value that would hide its absence."""
+
+    def make(seed: int = 0, **shape: int) -> Autoencoder:
+        tiny = {
+            "patch_size": 8,
+            "latent_channels": 6,
+            "encoder_width": 16,
+            "encoder_depth": 1,
+            "encoder_heads": 2,
+            "decoder_width": 24,
+            "decoder_depth": 2,
+            "decoder_heads": 3,
+        }
+        model = Autoencoder(AutoencoderConfig(**(tiny | shape)))
+        generator = torch.Generator().manual_seed(seed)
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                noise = torch.randn(parameter.shape, generator=generator)
+                is_norm = "norm" in name
+                parameter.copy_(1 + 0.3 * noise if is_norm else noise * 0.3)
+        return model
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def tiny_dino() -> nn.Module:
+    """Build a random network of DINOv3's architecture, with patches of 16 as in S/16."""
+    from transformers import DINOv3ViTConfig, DINOv3ViTModel
+
+    config = DINOv3ViTConfig(
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=64,
+        num_register_tokens=2,
+        patch_size=16,
+    )
+    torch.manual_seed(0)
+    network = DINOv3ViTModel(config)
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    return network.eval()
