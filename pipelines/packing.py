@@ -17,8 +17,10 @@ def pack_best_fit(lengths: Sequence[int], *, row_tokens: int, max_images: int) -
         ascending. The same input gives the same rows on every machine.
 
     Raises:
-        ValueError: an image is longer than a row, or has no tokens.
+        ValueError: an image is longer than a row, or has no tokens; max_images is below 1.
     """
+    if max_images < 1:
+        raise ValueError(f"{max_images=} must be at least 1")
     rows: list[list[int]] = []
     open_rows: list[tuple[int, int]] = []  # (free tokens, row), ascending
     for index in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):

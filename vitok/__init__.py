@@ -1,4 +1,4 @@
-"""ViTok-v2: a native-resolution ViT image autoencoder. Needs torch alone."""
+"""ViTok-v2: a native-resolution ViT image autoencoder. Needs no Ray."""
 
 from vitok.autoencoder import Autoencoder, AutoencoderConfig
 from vitok.packed import PackedTokens, pack_images, unpack_images

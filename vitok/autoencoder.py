@@ -54,6 +54,8 @@ class AutoencoderConfig:
                     f"{side}_width={width} over {side}_heads={heads} must leave a head dimension "
                     "that is a multiple of 4 (2D RoPE turns pairs of rows and of columns)"
                 )
+            if getattr(self, f"{side}_depth") < 0:
+                raise ValueError(f"{side}_depth={getattr(self, f'{side}_depth')} is negative")
         if self.patch_size < 1 or self.latent_channels < 2:
             raise ValueError(
                 f"patch_size={self.patch_size} must be at least 1 and "
@@ -146,14 +148,14 @@ class Autoencoder(nn.Module):
     def encode_packed(self, packed: PackedTokens) -> PackedTokens:
         """Encode patches [T, 3P^2] to latents [T, c], each of mean 0 and variance 1 over c."""
         x_TW = self.patch_embed(packed.tokens.to(self.patch_embed.weight.dtype))
-        x_TW = _run_blocks(self.encoder_blocks, x_TW, packed)
+        x_TW = _run_blocks(self.encoder_blocks, x_TW, packed, self.config.encoder_heads)
         code = self.to_code(x_TW)
         return packed.with_tokens(F.layer_norm(code.float(), code.shape[-1:], eps=1e-6))
 
     def decode_packed(self, latents: PackedTokens) -> PackedTokens:
         """Decode latents [T, c] to patches [T, 3P^2]; not clamped."""
         x_TW = self.decoder_embed(latents.tokens.to(self.decoder_embed.weight.dtype))
-        x_TW = _run_blocks(self.decoder_blocks, x_TW, latents)
+        x_TW = _run_blocks(self.decoder_blocks, x_TW, latents, self.config.decoder_heads)
         return latents.with_tokens(self.to_pixels(x_TW))
 
     @torch.no_grad()
@@ -184,11 +186,11 @@ def part_of(parameter_name: str) -> Literal["encoder", "decoder"]:
     return "encoder" if parameter_name.startswith(encoder) else "decoder"
 
 
-def _run_blocks(blocks: nn.ModuleList, x_TW: Tensor, packed: PackedTokens) -> Tensor:
-    if not len(blocks):
-        return x_TW
+def _run_blocks(
+    blocks: nn.ModuleList, x_TW: Tensor, packed: PackedTokens, num_heads: int
+) -> Tensor:
     layout = attention_layout(packed)
-    rotation = rope_rotation(packed.patch_coord, x_TW.shape[-1] // blocks[0].attn.num_heads)
+    rotation = rope_rotation(packed.patch_coord, x_TW.shape[-1] // num_heads)
     for block in blocks:
         x_TW = block(x_TW, rotation, layout)
     return x_TW

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 import torch.distributed.checkpoint as dcp
 from torch import nn
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict import (
     get_state_dict,
     set_state_dict,
@@ -76,8 +77,9 @@ def _check_shapes(folder: Path, weights: dict[str, Any]) -> None:
     metadata = dcp.FileSystemReader(folder).read_metadata().state_dict_metadata
     for name, tensor in weights.items():
         stored = metadata.get(f"model.{name}")
-        if stored is None or tuple(stored.size) != tuple(tensor.shape):
-            found = "nothing" if stored is None else f"shape {tuple(stored.size)}"
+        shape = tuple(stored.size) if isinstance(stored, TensorStorageMetadata) else None
+        if shape != tuple(tensor.shape):
+            found = "nothing" if shape is None else f"shape {shape}"
             raise ValueError(
                 f"{folder} is a checkpoint of another architecture: {name} should have shape "
                 f"{tuple(tensor.shape)}, it holds {found}; use the model it was trained with, or "

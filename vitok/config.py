@@ -27,9 +27,9 @@ def flatten(value: Any) -> dict[str, Any]:
 
     def walk(prefix: str, node: Any) -> dict[str, Any]:
         if isinstance(node, dict):
-            items = node.items()
+            items = list(node.items())
         elif isinstance(node, list) and node and isinstance(node[0], dict):
-            items = ((str(index), item) for index, item in enumerate(node))
+            items = [(str(index), item) for index, item in enumerate(node)]
         else:
             return {prefix: node}
         flat: dict[str, Any] = {}

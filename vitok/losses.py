@@ -198,11 +198,18 @@ class DinoTileLoss(nn.Module):
     it into the reconstruction.
     """
 
+    mean: Tensor
+    std: Tensor
+
     def __init__(self, network: nn.Module) -> None:
         super().__init__()
         self.network = network.eval().requires_grad_(False)
         self.register_buffer("mean", torch.tensor(_IMAGENET_MEAN).view(3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(_IMAGENET_STD).view(3, 1, 1), persistent=False)
+
+    def train(self, mode: bool = True) -> "DinoTileLoss":
+        """Stay in eval mode: in training DINOv3 jitters its positions."""
+        return super().train(False)
 
     @classmethod
     def from_pretrained(cls, weights: str) -> "DinoTileLoss":
@@ -242,7 +249,6 @@ class DinoTileLoss(nn.Module):
 
     def _features(self, tiles: Tensor) -> list[Tensor]:
         pixels = (tiles[..., :DINO_TILE, :DINO_TILE] + 1) / 2
-        states = self.network(
-            ((pixels - self.mean) / self.std).to(self.network.dtype), output_hidden_states=True
-        ).hidden_states[1:]
+        pixels = ((pixels - self.mean) / self.std).to(next(self.network.parameters()).dtype)
+        states = self.network(pixels, output_hidden_states=True).hidden_states[1:]
         return [nn.functional.normalize(state.float(), dim=-1) for state in states]

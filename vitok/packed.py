@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -40,9 +41,11 @@ class PackedTokens:
         return dataclasses.replace(self, tokens=tokens)
 
     def to(self, device: torch.device | str) -> "PackedTokens":
-        """Return a copy on another device; asynchronous from pinned memory."""
-        moved = {
-            field.name: value.to(device, non_blocking=True)
+        """Return a copy on another device; asynchronous from pinned memory to CUDA."""
+        # Towards the host the caller would read bytes that have not arrived.
+        asynchronous = torch.device(device).type == "cuda"
+        moved: dict[str, Any] = {
+            field.name: value.to(device, non_blocking=asynchronous)
             for field in dataclasses.fields(self)
             if isinstance(value := getattr(self, field.name), Tensor)
         }
@@ -139,8 +142,10 @@ def pack_images(
         PackedTokens with tokens [T, 3*P*P], padded with gray (0).
 
     Raises:
-        ValueError: the images do not fit the fixed sizes.
+        ValueError: there are no images, or they do not fit the fixed sizes.
     """
+    if not images:
+        raise ValueError("there are no images to pack; give at least one")
     patches = [patchify(pad_to_patch(image, patch_size), patch_size)[0] for image in images]
     lengths = [len(patch) for patch in patches]
     packed = layout_of(
