@@ -81,7 +81,7 @@ class StepRows:
 
 def load_step(plan: Plan, step: int) -> list[PackedRow]:
     """Read, decode and pack the samples of one global step, in the calling process."""
-    planned, stage = plan.step(step), plan.stage_of(step)
+    planned, index = plan.step(step), plan.stage_index(step)
     return load_rows(
         plan.manifest,
         planned.records,
@@ -89,8 +89,8 @@ def load_step(plan: Plan, step: int) -> list[PackedRow]:
         step=step,
         patch_size=plan.patch_size,
         row_tokens=plan.data.row_tokens,
-        max_images=stage.max_images_per_row(plan.data.row_tokens),
-        max_seqlen=max(stage.token_budgets),
+        max_images=plan.row_shapes[index].max_images,
+        max_seqlen=max(plan.stages[index].token_budgets),
     )
 
 

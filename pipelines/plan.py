@@ -8,6 +8,7 @@ and nothing is stored: any step is found at once, on any machine, with the same 
 import dataclasses
 from functools import cached_property
 from math import ceil, log, sqrt
+from statistics import fmean
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,6 +20,8 @@ from vitok.patches import fit_to_budget, grid_size
 
 _FEISTEL_ROUNDS = 6
 _PURPOSE_CHUNKS, _PURPOSE_SHUFFLE, _PURPOSE_VIEW = 1, 2, 3
+_SAMPLED_STEPS = 4  # so many first steps of a stage decide the shape of all of them
+_SPARE_SLOTS = 1.25  # a row has so many more image slots than images of mean size fill
 _SHRINK = 0.97  # budgets of a step that overflows its rows are lowered by this until it fits
 
 
@@ -79,10 +82,6 @@ class Stage:
         if not self.token_budgets or min(self.token_budgets) < 1:
             raise ValueError(f"token_budgets={self.token_budgets} must be positive numbers")
 
-    def max_images_per_row(self, row_tokens: int) -> int:
-        """Return the image slots of a row: a fifth more than the smallest budget needs."""
-        return ceil(1.2 * row_tokens / min(self.token_budgets))
-
 
 @dataclasses.dataclass(frozen=True)
 class SampleView:
@@ -106,6 +105,14 @@ class SampleView:
         """Patches that the resized crop has."""
         rows, columns = grid_size(*self.size, patch_size)
         return rows * columns
+
+
+@dataclasses.dataclass(frozen=True)
+class RowShape:
+    """The packed rows of every global step of a stage: how many, and with how many image slots."""
+
+    num_rows: int
+    max_images: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -174,47 +181,52 @@ class Plan:
         return {"step": step, "epoch": epoch, "position": position}
 
     @cached_property
-    def rows_per_step(self) -> tuple[int, ...]:
-        """Packed rows of a global step, for each stage; independent of the number of workers."""
-        return tuple(
-            stage.rows_per_step or self._rows_needed(index)
-            for index, stage in enumerate(self.stages)
-        )
+    def row_shapes(self) -> tuple[RowShape, ...]:
+        """Shape of a global step, for each stage: what its first steps need.
 
-    def _rows_needed(self, index: int) -> int:
+        Independent of the number of workers, and the same whenever and wherever it is asked for.
+        """
+        return tuple(self._row_shape(index) for index in range(len(self.stages)))
+
+    def _row_shape(self, index: int) -> RowShape:
         stage = self.stages[index]
         first = sum(other.steps for other in self.stages[:index])
-        return max(
-            len(self._pack(stage, self._views(step, stage, 1.0)[0]))
-            for step in range(first, first + min(4, stage.steps))
+        lengths = [
+            [view.num_tokens(self.patch_size) for view in self._views(step, stage, 1.0)[0]]
+            for step in range(first, first + min(_SAMPLED_STEPS, stage.steps))
+        ]
+        mean = fmean(length for of_step in lengths for length in of_step)
+        max_images = ceil(_SPARE_SLOTS * self.data.row_tokens / mean)
+        num_rows = stage.rows_per_step or max(
+            len(pack_best_fit(n, row_tokens=self.data.row_tokens, max_images=max_images))
+            for n in lengths
         )
+        # A row that has room for every image shrunk to a token must also have slots for them.
+        max_images = max(max_images, ceil(stage.images_per_step / num_rows))
+        return RowShape(num_rows=num_rows, max_images=max_images)
 
     def step(self, step: int) -> StepPlan:
-        """Plan one global step: rows_per_step rows, of which the last may be empty."""
+        """Plan one global step: as many rows as its stage has, of which the last may be empty."""
         index = self.stage_index(step)
-        stage, num_rows = self.stages[index], self.rows_per_step[index]
+        stage, shape = self.stages[index], self.row_shapes[index]
         # What fits once every image has shrunk to a single token.
-        room = min(stage.max_images_per_row(self.data.row_tokens), self.data.row_tokens)
-        if num_rows * room < stage.images_per_step:
+        if shape.num_rows * self.data.row_tokens < stage.images_per_step:
             raise ValueError(
-                f"rows_per_step={num_rows} has no room for images_per_step="
+                f"rows_per_step={shape.num_rows} has no room for images_per_step="
                 f"{stage.images_per_step}; raise it, or set it to 0"
             )
         shrink = 1.0
         while True:
             views, records = self._views(step, stage, shrink)
-            rows = self._pack(stage, views)
-            if len(rows) <= num_rows:
-                rows += [[] for _ in range(num_rows - len(rows))]
+            rows = pack_best_fit(
+                [view.num_tokens(self.patch_size) for view in views],
+                row_tokens=self.data.row_tokens,
+                max_images=shape.max_images,
+            )
+            if len(rows) <= shape.num_rows:
+                rows += [[] for _ in range(shape.num_rows - len(rows))]
                 return StepPlan([[views[i] for i in row] for row in rows], records)
             shrink *= _SHRINK
-
-    def _pack(self, stage: Stage, views: list[SampleView]) -> list[list[int]]:
-        return pack_best_fit(
-            [view.num_tokens(self.patch_size) for view in views],
-            row_tokens=self.data.row_tokens,
-            max_images=stage.max_images_per_row(self.data.row_tokens),
-        )
 
     def _views(
         self, step: int, stage: Stage, shrink: float

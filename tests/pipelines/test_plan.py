@@ -3,7 +3,7 @@ import json
 import pickle
 from collections import Counter
 from dataclasses import replace
-from math import log
+from math import ceil, log
 from pathlib import Path
 
 import numpy as np
@@ -237,7 +237,7 @@ def test_a_step_is_shuffled_cropped_and_packed_by_keys(manifest: Manifest) -> No
         rows = pack_best_fit(
             [by_use[use].num_tokens(PATCH) for use in shuffled],
             row_tokens=DATA.row_tokens,
-            max_images=STAGE.max_images_per_row(DATA.row_tokens),
+            max_images=plan.row_shapes[0].max_images,
         )
         uses = [[(view.epoch, view.sample_id) for view in row] for row in planned.rows if row]
         assert uses == [[shuffled[i] for i in row] for row in rows]
@@ -338,15 +338,17 @@ def test_crops_lie_inside_their_images_and_keep_what_they_promise(
 
 def test_rows_hold_their_tokens_and_slots_and_budgets_are_kept(manifest: Manifest) -> None:
     plan = make_plan(manifest, STAGE, replace(STAGE, token_budgets=(100, 128), images_per_step=4))
-    slots = [stage.max_images_per_row(DATA.row_tokens) for stage in plan.stages]
-    assert slots == [10, 2]
+    slots = [shape.max_images for shape in plan.row_shapes]
+    for index, first in enumerate((0, 20)):
+        lengths = [v.num_tokens(PATCH) for n in range(4) for v in views_of(plan.step(first + n))]
+        assert slots[index] == ceil(1.25 * DATA.row_tokens / (sum(lengths) / len(lengths)))
     seen: Counter[int] = Counter()
     for step in range(plan.num_steps):
         index = plan.stage_index(step)
         assert index == (step >= 20)
         assert plan.stage_of(step) is plan.stages[index]
         rows = plan.step(step).rows
-        assert len(rows) == plan.rows_per_step[index]
+        assert len(rows) == plan.row_shapes[index].num_rows
         for row in rows:
             lengths = [np.prod(grid_size(*view.size, PATCH)) for view in row]
             assert lengths == [view.num_tokens(PATCH) for view in row]
@@ -381,10 +383,10 @@ def test_budgets_are_drawn_with_equal_chances(manifest: Manifest) -> None:
 
 def test_fewer_rows_than_needed_lower_the_budgets_and_drop_nothing(manifest: Manifest) -> None:
     free = make_plan(manifest)
-    (num_needed,) = free.rows_per_step
+    num_needed = free.row_shapes[0].num_rows
     assert num_needed >= 4
     tight = make_plan(manifest, replace(STAGE, rows_per_step=num_needed // 2))
-    assert tight.rows_per_step == (num_needed // 2,)
+    assert tight.row_shapes[0].num_rows == num_needed // 2
     num_smaller = 0
     for step in range(STAGE.steps):
         before = {(view.epoch, view.sample_id): view for view in views_of(free.step(step))}
@@ -417,7 +419,7 @@ def test_rows_are_counted_for_each_stage_at_its_own_steps(manifest: Manifest) ->
         for step in range(4 * index, 4 * index + 4):
             roomy = make_plan(manifest, *([replace(stage, rows_per_step=15)] * 3))
             needed.append(sum(1 for row in roomy.step(step).rows if row))
-        assert plan.rows_per_step[index] == max(needed)
+        assert plan.row_shapes[index].num_rows == max(needed)
 
 
 @pytest.mark.parametrize("chunk_samples", [1, NUM_SAMPLES, 1000])
@@ -468,10 +470,7 @@ def test_impossible_plans_are_refused(manifest: Manifest) -> None:
         make_plan(manifest, replace(STAGE, token_budgets=(16, 129)))
     with pytest.raises(ValueError, match="the plan has 20 steps, there is no step 20 after them"):
         make_plan(manifest).step(20)
-    # 10 slots for 15 images.
-    with pytest.raises(ValueError, match="rows_per_step=1 has no room for images_per_step=15; rai"):
-        make_plan(manifest, replace(STAGE, rows_per_step=1)).step(0)
-    # 154 slots, but tokens for 128 images alone.
+    # A row of 128 tokens, 140 images.
     crowded = Stage(steps=1, images_per_step=140, token_budgets=(1,), rows_per_step=1)
     with pytest.raises(ValueError, match="rows_per_step=1 has no room for images_per_step=140"):
         make_plan(manifest, crowded).step(0)
