@@ -42,8 +42,7 @@ def train(arguments: Sequence[str]) -> None:
     from jobs.recipes import TRAINING
     from pipelines.train_autoencoder import prepare, run_training
 
-    settings = _recipe(TRAINING, arguments, "train")
-    prepare(settings)
+    settings = prepare(_recipe(TRAINING, arguments, "train"))
     with ray_session():
         export = run_training(settings)
     print(f"run: {settings.run.folder.uri}\nweights: {export.uri}")

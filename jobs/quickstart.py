@@ -45,12 +45,13 @@ def run_quickstart(storage: str = "runs", fresh: bool = False) -> None:
     _headline("1/5", f"corpus: crops of photographs, as WebDataset shards, in {folder / 'corpus'}")
     train_manifest, eval_manifest = make_sample_corpus(folder / "corpus")
     base = recipes.quickstart()
-    settings = replace(
-        base,
-        data=replace(base.data, manifest=str(train_manifest), eval_manifest=str(eval_manifest)),
-        run=replace(base.run, storage=storage),
+    settings = prepare(
+        replace(
+            base,
+            data=replace(base.data, manifest=str(train_manifest), eval_manifest=str(eval_manifest)),
+            run=replace(base.run, storage=storage),
+        )
     )
-    prepare(settings)
     with ray_session():
         _headline("2/5", _describe(settings))
         export = run_training(settings)

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image
+from tqdm import tqdm
 
 from pipelines.corpus import index_shard, write_manifest, write_shards
 
@@ -121,7 +122,8 @@ def _crops(
     for package, name in photographs:
         with Image.open(photograph_path(package, name)) as photograph:
             opened.append((Path(name).stem, photograph.copy()))
-    for index, photograph_index in enumerate(rng.permutation(num_crops) % len(photographs)):
+    order = rng.permutation(num_crops) % len(photographs)
+    for index, photograph_index in enumerate(tqdm(order, desc="corpus", unit="image")):
         name, photograph = opened[photograph_index]
         height, width = _crop_size(photograph.height, photograph.width, rng)
         top = int(rng.integers(photograph.height - height + 1))

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -90,8 +90,15 @@ def cache_latents(settings: LatentCaching) -> LatentManifest:
     """
     import ray.data
 
+    # Workers run in other directories.
+    settings = replace(
+        settings,
+        manifest=Folder.of(settings.manifest).uri,
+        model=Folder.of(settings.model).uri,
+        out=Folder.of(settings.out).uri,
+    )
     source = Manifest.load(settings.manifest)
-    cache = Folder.of(settings.out)
+    cache = Folder(settings.out)
     identity = _claim_cache(cache, settings)
     units = units_of(source, settings.unit_samples)
     names = [_name(identity, source, unit) for unit in units]

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
+from tqdm import tqdm
 
 from pipelines.corpus import Manifest
 from pipelines.decode import UnreadableImage, decode_rgb, image_size
@@ -71,7 +72,9 @@ def evaluate_model(settings: EvaluationConfig) -> dict[str, float]:
         max_images=settings.max_images or None,
     )
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    results, pictures = evaluate_rows(model.to(device), rows, device, settings.num_pictures)
+    results, pictures = evaluate_rows(
+        model.to(device), tqdm(rows, desc="evaluate", unit="row"), device, settings.num_pictures
+    )
     if not results:
         raise ValueError(f"{settings.manifest} holds no readable image; check it with other shards")
     summary = summarize(results)

@@ -3,9 +3,12 @@
 import json
 import logging
 import math
+import signal
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -373,11 +376,29 @@ def launch(
             dataset_config=ray.train.DataConfig(execution_options=ingest.execution_options()),
         )
         try:
-            trainer.fit()
+            with _own_interrupts():
+                trainer.fit()
         except ray.train.TrainingFailedError as error:
             raise RuntimeError(
                 f"the training stopped after step {next_step(folder)}: {root_cause(error)}"
             ) from error
+
+
+@contextmanager
+def _own_interrupts() -> Iterator[None]:
+    """Make Ctrl-C during a training a KeyboardInterrupt, and nothing else after it.
+
+    Ray Train takes over SIGINT, aborts its workers, exits with SystemExit, and leaves its handler.
+    """
+    in_main_thread = threading.current_thread() is threading.main_thread()
+    before = signal.getsignal(signal.SIGINT)
+    try:
+        yield
+    except SystemExit as error:
+        raise KeyboardInterrupt from error
+    finally:
+        if in_main_thread:
+            signal.signal(signal.SIGINT, before)
 
 
 def claim_folder(settings: Any) -> None:

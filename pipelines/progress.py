@@ -16,9 +16,9 @@ _POLL_S = 0.5
 class ProgressBoard:
     """Where remote work says how far it is; the command that started it reads it."""
 
-    def __init__(self) -> None:
-        self._done = 0
-        self._status = ""
+    def __init__(self, done: int, status: str) -> None:
+        self._done = done
+        self._status = status
         self._messages: list[str] = []
 
     def update(self, done: int, status: str) -> None:
@@ -43,7 +43,7 @@ class ProgressBoard:
 @contextmanager
 def progress_bar(title: str, total: int, unit: str, done: int = 0) -> Iterator[Any]:
     """Draw a bar while the body runs; gives the ProgressBoard to hand to remote work."""
-    board = ProgressBoard.remote()  # type: ignore[attr-defined]
+    board = ProgressBoard.remote(done, "starting workers")  # type: ignore[attr-defined]
     finished = threading.Event()
     # A log file gets a line now and then, a terminal a bar that moves.
     interval_s = _POLL_S if sys.stderr.isatty() else 10.0

@@ -1,7 +1,7 @@
 """How well images are reconstructed: results, means and pictures, in training and after it."""
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from statistics import fmean
 
 import numpy as np
@@ -87,7 +87,7 @@ def evaluation_rows(
 
 @torch.no_grad()
 def evaluate_rows(
-    reconstruct: Reconstruct, rows: Sequence[PackedRow], device: torch.device, num_pictures: int
+    reconstruct: Reconstruct, rows: Iterable[PackedRow], device: torch.device, num_pictures: int
 ) -> tuple[list[ImageResult], list[Pictured]]:
     """Reconstruct packed rows and judge every image.
 

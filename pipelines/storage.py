@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from urllib.parse import unquote
 
 import pyarrow.fs
 
@@ -20,8 +21,11 @@ class Folder:
     def of(cls, location: str, *parts: str) -> "Folder":
         """Return a folder below a URI or local path; a relative path is made absolute.
 
-        Workers run in other directories: only absolute locations may travel to them.
+        Workers run in other directories: only absolute locations may travel to them. A `file://`
+        URI is the local path that it names.
         """
+        if location.startswith("file://"):
+            location = unquote(location.removeprefix("file://"))
         if "://" not in location:
             location = str(Path(location).expanduser().absolute())
         return cls("/".join([location.rstrip("/"), *parts]))

@@ -144,9 +144,16 @@ def open_run(
         folder.write_text(_RUN_FILE, json.dumps({"uri": uri, "run_id": run_id}))
     mlflow.set_tracking_uri(uri)
     client.set_tag(run_id, "run_folder", folder.uri)
-    # The context manager marks the run FINISHED, or FAILED where an exception leaves it.
-    with mlflow.start_run(run_id=run_id, log_system_metrics=True):
+    mlflow.start_run(run_id=run_id, log_system_metrics=True)
+    status = "FAILED"
+    try:
         yield Tracker(uri, run_id)
+        status = "FINISHED"
+    except KeyboardInterrupt:
+        status = "KILLED"
+        raise
+    finally:
+        mlflow.end_run(status)
 
 
 def _experiment(client: Any, uri: str, name: str, storage: str) -> str:

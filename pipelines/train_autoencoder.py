@@ -2,6 +2,7 @@
 
 import json
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -72,7 +73,8 @@ class AutoencoderTraining:
 def run_training(settings: AutoencoderTraining) -> Folder:
     """Train on the connected Ray cluster, or continue the run of this name, and export weights.
 
-    Call `prepare` first.
+    Args:
+        settings: as `prepare` returned it.
 
     Returns:
         the folder of the exported weights.
@@ -91,19 +93,43 @@ def run_training(settings: AutoencoderTraining) -> Folder:
     return export
 
 
-def prepare(settings: AutoencoderTraining) -> None:
+def prepare(settings: AutoencoderTraining) -> AutoencoderTraining:
     """Check what can be checked before anything starts, and claim the run's folder.
+
+    Returns:
+        the config to run, with absolute locations: workers run in other directories.
 
     Raises:
         FileNotFoundError: a manifest, or the DINOv3 weights, are not there.
         ValueError: the run's folder holds a run with another config.
     """
+    data, loss, run = settings.data, settings.loss, settings.run
+    settings = replace(
+        settings,
+        data=replace(
+            data,
+            manifest=_absolute(data.manifest),
+            eval_manifest=_absolute(data.eval_manifest),
+        ),
+        loss=replace(
+            loss,
+            dino_weights=_absolute(loss.dino_weights)
+            if Path(loss.dino_weights).is_dir()
+            else loss.dino_weights,
+        ),
+        run=replace(run, storage=_absolute(run.storage)),
+    )
     plan_of(settings)
-    if settings.data.eval_manifest:
-        Manifest.load(settings.data.eval_manifest)
-    if settings.loss.dino:
-        ReconstructionLoss(settings.loss)
+    if data.eval_manifest:
+        Manifest.load(data.eval_manifest)
+    if loss.dino:
+        ReconstructionLoss(loss)
     claim_folder(settings)
+    return settings
+
+
+def _absolute(location: str) -> str:
+    return Folder.of(location).uri if location else ""
 
 
 def read_settings(folder: Folder) -> AutoencoderTraining:
