@@ -62,6 +62,7 @@ def serve_mlflow(tracking_uri: str, port: int) -> None:
 
     Raises:
         OSError: the port is taken.
+        RuntimeError: the server failed.
     """
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -74,6 +75,9 @@ def serve_mlflow(tracking_uri: str, port: int) -> None:
     print(f"MLflow on http://127.0.0.1:{port} - stop it with Ctrl-C", flush=True)
     with subprocess.Popen(command) as server:
         try:
-            server.wait()
+            status = server.wait()
         except KeyboardInterrupt:
             server.terminate()
+            return
+    if status:
+        raise RuntimeError(f"MLflow's server ended with status {status}; its message is above")

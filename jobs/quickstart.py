@@ -158,8 +158,9 @@ def _summary(
     print(f"\nDone in {seconds / 60:.1f} minutes.\n")
     for name, value in rows:
         print(f"  {name:<{width}}  {value}")
-    storage = "" if settings.run.storage == "runs" else f" --storage {settings.run.storage}"
-    print(f"\nSee curves and images in MLflow:  vitok ui{storage}")
+    storage = settings.run.storage
+    option = "" if storage == str(Path("runs").absolute()) else f" --storage {storage}"
+    print(f"\nSee curves and images in MLflow:  vitok ui{option}")
     print(f"Reconstruct an image of yours:    vitok reconstruct IMAGE --model {run.uri}")
 
 

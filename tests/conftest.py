@@ -3,14 +3,16 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 from jobs.sample_corpus import make_sample_corpus
 from pipelines.loop import RunConfig
 from pipelines.plan import DataConfig, Stage
 from pipelines.train_autoencoder import AutoencoderTraining
-from vitok.autoencoder import AutoencoderConfig
+from vitok.autoencoder import Autoencoder, AutoencoderConfig
 from vitok.losses import LossConfig
 from vitok.optim import OptimConfig
+from vitok.pretrained import save_pretrained
 
 
 @pytest.fixture(scope="session")
@@ -28,6 +30,18 @@ def sample_manifests(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Pa
     return make_sample_corpus(
         tmp_path_factory.mktemp("corpus") / "sample", num_train=60, num_eval=5
     )
+
+
+@pytest.fixture(scope="session")
+def tiny_weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of an exported model that nobody trained; its reconstructions are gray noise."""
+    folder = tmp_path_factory.mktemp("weights") / "tiny"
+    config = tiny_model(AutoencoderConfig(patch_size=16, latent_channels=16))
+    torch.manual_seed(0)
+    model = Autoencoder(config)
+    model.reset_parameters()
+    save_pretrained(folder, config, model.state_dict())
+    return folder
 
 
 @pytest.fixture
