@@ -2,11 +2,12 @@
 
 import logging
 import os
+import signal
 import socket
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 
@@ -72,12 +73,21 @@ def serve_mlflow(tracking_uri: str, port: int) -> None:
             raise OSError(f"port {port} is taken; choose another with --port") from error
     command = [sys.executable, "-m", "mlflow", "server", "--backend-store-uri", tracking_uri]
     command += ["--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
+    command += ["--uvicorn-opts", "--log-level warning"]
+    # Its job runners are for judging language models, and a dozen processes.
+    environment = os.environ | {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
     print(f"MLflow on http://127.0.0.1:{port} - stop it with Ctrl-C", flush=True)
-    with subprocess.Popen(command) as server:
-        try:
-            status = server.wait()
-        except KeyboardInterrupt:
-            server.terminate()
-            return
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    server = subprocess.Popen(command, env=environment, start_new_session=True)
+    try:
+        status = server.wait()
+    except KeyboardInterrupt:
+        status = 0
+    finally:
+        # The server has children of its own, all in its process group.
+        with suppress(ProcessLookupError):
+            os.killpg(server.pid, signal.SIGTERM)
+        server.wait()
+        signal.signal(signal.SIGTERM, before)
     if status:
         raise RuntimeError(f"MLflow's server ended with status {status}; its message is above")

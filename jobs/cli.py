@@ -2,6 +2,7 @@
 
 import difflib
 import glob
+import inspect
 import json
 import sys
 from collections.abc import Callable, Sequence
@@ -79,7 +80,8 @@ def reconstruct(arguments: Sequence[str]) -> None:
     """original, reconstruction and error map of images"""
     from PIL import Image
 
-    from pipelines.evaluate import comparison, reconstruct_image
+    from pipelines.evaluate import reconstruct_image
+    from pipelines.reconstruction import comparison
     from pipelines.train_autoencoder import load_autoencoder
 
     def parse(
@@ -107,9 +109,13 @@ def reconstruct(arguments: Sequence[str]) -> None:
     autoencoder = load_autoencoder(model_location)
     folder = Path(out)
     folder.mkdir(parents=True, exist_ok=True)
+    written: set[Path] = set()
     for file in files:
         result, picture = reconstruct_image(autoencoder, file, budget)
-        target = folder / f"{file.stem}.png"
+        # Files of one name in several folders, or of two formats, have a picture each.
+        names = (file.stem, *(f"{file.stem}-{number}" for number in range(2, len(files) + 1)))
+        target = next(path for name in names if (path := folder / f"{name}.png") not in written)
+        written.add(target)
         Image.fromarray(comparison(picture.source, picture.reconstruction)).save(target)
         print(
             f"{target}: {result.width} x {result.height}, {result.num_tokens} tokens, "
@@ -244,7 +250,7 @@ def _recipe(recipes: dict[str, Callable[[], Any]], arguments: Sequence[str], com
         default=default,
         args=arguments[1:],
         prog=f"vitok {command} {arguments[0]}",
-        description=recipe.__doc__,
+        description=inspect.getdoc(recipe),
     )
 
 
@@ -271,6 +277,8 @@ def _lookup(table: dict[str, Any], name: str, kind: str) -> Any:
 
 
 def _image_files(patterns: Sequence[str]) -> list[Path]:
+    if not patterns:
+        raise UsageError("there is nothing to reconstruct; give image files, folders or globs")
     files: list[Path] = []
     for pattern in patterns:
         path = Path(pattern)

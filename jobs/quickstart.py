@@ -1,6 +1,7 @@
 """`vitok quickstart`: corpus, training, evaluation, latents and their record, on one machine."""
 
 import shutil
+import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -14,7 +15,6 @@ from pipelines.cache_latents import LatentCaching, cache_latents
 from pipelines.evaluate import EvaluationConfig, evaluate_model
 from pipelines.latents import LatentCache, LatentRow
 from pipelines.loop import next_step
-from pipelines.storage import Folder
 from pipelines.tracking import Tracker, open_run
 from pipelines.train_autoencoder import (
     AutoencoderTraining,
@@ -42,7 +42,9 @@ def run_quickstart(storage: str = "runs", fresh: bool = False) -> None:
     if fresh and folder.exists():
         shutil.rmtree(folder)
 
-    _headline("1/5", f"corpus: crops of photographs, as WebDataset shards, in {folder / 'corpus'}")
+    _headline(
+        "1/5", f"corpus: crops of photographs, as WebDataset shards, in {_short(folder / 'corpus')}"
+    )
     train_manifest, eval_manifest = make_sample_corpus(folder / "corpus")
     base = recipes.quickstart()
     settings = prepare(
@@ -139,7 +141,6 @@ def _summary(
     seconds: float,
 ) -> None:
     patch = settings.model.patch_size
-    run = Folder.of(settings.run.storage, settings.run.name)
     rows = [
         ("PSNR of the reconstructions", f"{scores['eval_psnr']:.2f} dB"),
         (
@@ -149,19 +150,27 @@ def _summary(
         ("SSIM", f"{scores['eval_ssim']:.3f}"),
         ("training speed", f"{rates['tokens_per_s']:,.0f} tokens/s"),
         ("token utilisation", f"{rates['token_utilisation']:.3f}"),
-        ("picture", str(folder / "evaluation" / "reconstructions.png")),
-        ("weights", f"{run.uri}/export"),
-        ("latents", str(folder / "latents")),
-        ("corpus", str(folder / "corpus")),
+        ("picture", _short(folder / "evaluation" / "reconstructions.png")),
+        ("weights", _short(folder / "export")),
+        ("latents", _short(folder / "latents")),
+        ("corpus", _short(folder / "corpus")),
     ]
     width = max(len(name) for name, _ in rows)
     print(f"\nDone in {seconds / 60:.1f} minutes.\n")
     for name, value in rows:
         print(f"  {name:<{width}}  {value}")
-    storage = settings.run.storage
-    option = "" if storage == str(Path("runs").absolute()) else f" --storage {storage}"
-    print(f"\nSee curves and images in MLflow:  vitok ui{option}")
-    print(f"Reconstruct an image of yours:    vitok reconstruct IMAGE --model {run.uri}")
+    # In a virtual environment that is not activated, the command has no name but its path.
+    command = "vitok" if shutil.which("vitok") else _short(Path(sys.argv[0]))
+    storage = _short(folder.parent)
+    option = "" if storage == "runs" else f" --storage {storage}"
+    print(f"\nSee curves and images in MLflow:  {command} ui{option}")
+    print(f"Reconstruct an image of yours:    {command} reconstruct IMAGE --model {_short(folder)}")
+
+
+def _short(path: Path) -> str:
+    """Name a path from the current folder where it lies below it."""
+    here = Path.cwd()
+    return str(path.relative_to(here) if path.is_relative_to(here) else path)
 
 
 def _headline(number: str, text: str) -> None:

@@ -29,7 +29,7 @@ from pipelines.progress import progress_bar
 from pipelines.storage import Folder
 from pipelines.train_autoencoder import load_autoencoder
 from vitok.autoencoder import Autoencoder
-from vitok.config import config, describe_difference, parse_config, to_dict
+from vitok.config import config, describe_difference, parse_json, to_dict
 from vitok.packed import PackedTokens
 from vitok.pretrained import encoder_digest
 
@@ -160,7 +160,7 @@ def _claim_cache(cache: Folder, settings: LatentCaching) -> CacheIdentity:
     if text is None:
         cache.write_text(CACHE_FILE, json.dumps(to_dict(identity), indent=2) + "\n")
         return identity
-    found = parse_config(CacheIdentity, json.loads(text), f"{cache.uri}/{CACHE_FILE}")
+    found = parse_json(CacheIdentity, text, f"{cache.uri}/{CACHE_FILE}")
     differences = describe_difference(found, identity)
     if differences:
         raise ValueError(

@@ -20,7 +20,7 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from pipelines.storage import Folder
-from vitok.config import config, parse_config, to_dict
+from vitok.config import config, parse_json, to_dict
 
 CACHE_FILE = "cache.json"
 MANIFEST_FILE = "manifest.json"
@@ -179,7 +179,7 @@ def read_record(cache: Folder, name: str) -> UnitRecord:
         ValueError: the record is damaged.
     """
     text = cache.child(UNITS).read_bytes(f"{name}.json").decode()
-    return parse_config(UnitRecord, json.loads(text), f"{cache.uri}/{UNITS}/{name}.json")
+    return parse_json(UnitRecord, text, f"{cache.uri}/{UNITS}/{name}.json")
 
 
 def committed_units(cache: Folder) -> set[str]:
@@ -239,7 +239,7 @@ class LatentCache:
                 "`vitok encode` makes one, and goes on where it was stopped"
             )
         source = f"{self.folder.uri}/{MANIFEST_FILE}"
-        self.manifest = parse_config(LatentManifest, json.loads(text), source)
+        self.manifest = parse_json(LatentManifest, text, source)
         found = self.manifest.identity.encoder_digest
         if encoder_digest is not None and encoder_digest != found:
             raise ValueError(

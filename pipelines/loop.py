@@ -31,7 +31,7 @@ from pipelines.progress import progress_bar
 from pipelines.storage import Folder
 from pipelines.tracking import Tracker, TrackingConfig
 from vitok.checkpoint import TrainState
-from vitok.config import config, describe_difference, parse_config, to_dict
+from vitok.config import config, describe_difference, parse_json, to_dict
 from vitok.optim import OptimConfig, build_optimizer, learning_rate
 from vitok.parallel import shard_model
 
@@ -55,7 +55,9 @@ class RunConfig:
         cpus_per_worker: CPU cores that Ray sets aside for each of them.
         use_gpu: train on GPUs.
         compute_dtype: of matrix products; master weights and reductions are float32.
-        log_every, evaluate_every, checkpoint_every: in steps; the last step does all three.
+        log_every: steps between two records of rates and norms; the last step has one too.
+        evaluate_every: steps between two evaluations; the last step has one too.
+        checkpoint_every: steps between two checkpoints; the last step has one too.
         keep_checkpoints: older ones are deleted.
         max_failures: worker failures after which the run gives up.
         tracking: the MLflow run.
@@ -412,7 +414,7 @@ def claim_folder(settings: Any) -> None:
     if text is None:
         folder.write_text(CONFIG_FILE, json.dumps(to_dict(settings), indent=2) + "\n")
         return
-    before = parse_config(type(settings), json.loads(text), f"{folder.uri}/{CONFIG_FILE}")
+    before = parse_json(type(settings), text, f"{folder.uri}/{CONFIG_FILE}")
     differences = [
         line for line in describe_difference(before, settings) if not line.startswith("run.")
     ]

@@ -162,9 +162,10 @@ def _experiment(client: Any, uri: str, name: str, storage: str) -> str:
         return str(experiment.experiment_id)
     local = uri.startswith("sqlite:")
     artifacts = Path(storage).expanduser().absolute() / "artifacts" if local else None
-    return client.create_experiment(
-        name, artifact_location=artifacts.as_uri() if artifacts else None
-    )
+    # MLflow's interface opens on language-model evaluation unless the experiment says what it is.
+    tags = {"mlflow.experimentKind": "custom_model_development"}
+    location = artifacts.as_uri() if artifacts else None
+    return str(client.create_experiment(name, artifact_location=location, tags=tags))
 
 
 @contextmanager

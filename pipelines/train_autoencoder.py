@@ -1,6 +1,5 @@
 """Training of the autoencoder: its config, its step, and the two handed to the loop."""
 
-import json
 import tempfile
 from dataclasses import replace
 from pathlib import Path
@@ -33,7 +32,7 @@ from pipelines.storage import Folder
 from pipelines.tracking import Tracker, open_run
 from vitok.autoencoder import Autoencoder, AutoencoderConfig
 from vitok.checkpoint import load_weights
-from vitok.config import config, parse_config
+from vitok.config import config, parse_json
 from vitok.initialize import start_from_pca
 from vitok.losses import LossConfig, ReconstructionLoss
 from vitok.optim import OptimConfig
@@ -144,7 +143,7 @@ def read_settings(folder: Folder) -> AutoencoderTraining:
             f"{folder.uri} holds no run (no {CONFIG_FILE}); give the folder of a training run, "
             "such as runs/NAME"
         )
-    return parse_config(AutoencoderTraining, json.loads(text), f"{folder.uri}/{CONFIG_FILE}")
+    return parse_json(AutoencoderTraining, text, f"{folder.uri}/{CONFIG_FILE}")
 
 
 def load_autoencoder(location: str) -> Autoencoder:

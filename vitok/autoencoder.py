@@ -31,8 +31,12 @@ class AutoencoderConfig:
     Attributes:
         patch_size: pixels along each side of a patch, P.
         latent_channels: channels of a latent, c; the compression ratio is 3 P^2 / c.
-        encoder_width, encoder_depth, encoder_heads: the encoder's transformer.
-        decoder_width, decoder_depth, decoder_heads: the decoder's transformer.
+        encoder_width: channels of the encoder's tokens.
+        encoder_depth: its blocks.
+        encoder_heads: its attention heads.
+        decoder_width: channels of the decoder's tokens.
+        decoder_depth: its blocks.
+        decoder_heads: its attention heads.
         layer_scale: initial LayerScale of every block; matters only to training from scratch.
     """
 

@@ -61,6 +61,20 @@ def parse_config(cls: type[ConfigT], fields: Any, source: str) -> ConfigT:
         raise ValueError(f"{source} does not hold a {cls.__name__}: {complaints}") from error
 
 
+def parse_json(cls: type[ConfigT], text: str, source: str) -> ConfigT:
+    """Build a config from the text of a JSON file.
+
+    Raises:
+        ValueError: it is no JSON, or has an unknown, missing or wrong field; `source` says where
+            it came from.
+    """
+    try:
+        fields = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{source} is not JSON: {error}") from error
+    return parse_config(cls, fields, source)
+
+
 def read_config(path: Path, cls: type[ConfigT]) -> ConfigT:
     """Read a config that `write_config` wrote.
 
@@ -68,11 +82,7 @@ def read_config(path: Path, cls: type[ConfigT]) -> ConfigT:
         FileNotFoundError: there is no such file.
         ValueError: it is no JSON, or has an unknown, missing or wrong field.
     """
-    try:
-        fields = json.loads(path.read_text())
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path} is not JSON: {error}") from error
-    return parse_config(cls, fields, str(path))
+    return parse_json(cls, path.read_text(), str(path))
 
 
 def describe_difference(old: Any, new: Any) -> list[str]:

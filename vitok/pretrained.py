@@ -4,7 +4,7 @@ import hashlib
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -33,8 +33,8 @@ def from_pretrained(folder: Path | str, dtype: torch.dtype = torch.float32) -> A
 
     Raises:
         FileNotFoundError: the folder lacks one of the files.
-        ValueError: the tensors are not those of the config; missing, surplus and mis-shaped ones
-            are listed.
+        ValueError: a file is damaged, or the tensors are not those of the config; missing, surplus
+            and mis-shaped ones are listed.
     """
     folder = Path(folder)
     for file in (CONFIG_FILE, *(f"{part}.safetensors" for part in PARTS)):
@@ -48,8 +48,12 @@ def from_pretrained(folder: Path | str, dtype: torch.dtype = torch.float32) -> A
         model = Autoencoder(config)
     weights: dict[str, Tensor] = {}
     for part in PARTS:
-        with safe_open(folder / f"{part}.safetensors", framework="pt") as file:
-            weights |= {name: file.get_tensor(name).to(dtype) for name in file.keys()}  # noqa: SIM118
+        path = folder / f"{part}.safetensors"
+        try:
+            with safe_open(path, framework="pt") as file:
+                weights |= {name: file.get_tensor(name).to(dtype) for name in file.keys()}  # noqa: SIM118
+        except SafetensorError as error:
+            raise ValueError(f"{path} is damaged: {error}; copy it again") from error
     _check_weights(model, weights, folder)
     model.load_state_dict(weights, assign=True)
     return model.eval().requires_grad_(False)
