@@ -178,23 +178,26 @@ def fit(
         meter.add(num_images, num_tokens, len(batch.rows))
         last = done == plan.num_steps
         metrics = {name: value / max(1, num_images) for name, value in sums.items()}
-        if done % run.log_every == 0 or last:
+        logs = last or done % run.log_every == 0
+        evaluates = evaluate is not None and (last or done % run.evaluate_every == 0)
+        images: dict[str, NDArray[np.uint8]] = {}
+        if logs:
             metrics |= meter.flush() | {
                 "grad_norm": grad_norm,
                 "lr": optimizer.param_groups[0]["lr"],
                 "epoch": plan.images_before(done) / plan.manifest.num_samples,
                 "skipped_samples": float(progress["skipped"]),
             }
-            if tracker and done > logged:
-                tracker.log_metrics(metrics, done)
-        if evaluate and (done % run.evaluate_every == 0 or last):
+        if evaluates:
             evaluation = evaluate(model, device)
-            if tracker and done > logged:
-                tracker.log_metrics(evaluation.metrics, done)
-                for name, image in evaluation.images.items():
-                    tracker.log_image(image, name, done)
             metrics |= evaluation.metrics
+            images = evaluation.images
             meter.restart()
+        if tracker and (logs or evaluates) and done > logged:
+            for name, image in images.items():
+                tracker.log_image(image, name, done)
+            # One call for all of a step's metrics: a kill leaves all or none of them.
+            tracker.log_metrics(metrics, done)
         if done % run.checkpoint_every == 0 or last:
             _save_checkpoint(state, progress, metrics, done)
             meter.restart()
