@@ -153,7 +153,8 @@ def open_run(
         status = "KILLED"
         raise
     finally:
-        mlflow.end_run(status)
+        with _survive():
+            mlflow.end_run(status)
 
 
 def _experiment(client: Any, uri: str, name: str, storage: str) -> str:

@@ -1,0 +1,458 @@
+import io
+import json
+import re
+import socket
+import tarfile
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from PIL import Image
+
+from cluster import local
+from jobs.bench import BENCHMARKS
+from jobs.cli import COMMANDS, main
+from jobs.recipes import TRAINING
+from pipelines.corpus import Manifest
+from pipelines.latents import CacheIdentity, LatentRow, Transform, write_manifest, write_unit
+from pipelines.storage import Folder
+
+
+class Outcome(NamedTuple):
+    status: int
+    out: str
+    err: str
+
+
+@pytest.fixture
+def vitok(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Run a command line in this process, in an empty folder."""
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    monkeypatch.setenv("COLUMNS", "100")
+
+    def run(*arguments: object) -> Outcome:
+        capsys.readouterr()
+        try:
+            status = main([str(argument) for argument in arguments])
+        except SystemExit as leaving:  # how tyro ends after --help and after a wrong field
+            status = leaving.code
+        return Outcome(status, *capsys.readouterr())
+
+    return run
+
+
+def complaint(outcome: Outcome, status: int = 1) -> str:
+    """Check that a command failed with one sentence, and return it."""
+    assert outcome.status == status
+    assert "Traceback" not in outcome.out + outcome.err
+    progress = ("index:", "evaluate:", "\r")
+    lines = [line for line in outcome.err.splitlines() if line and not line.startswith(progress)]
+    assert len(lines) == 1, outcome.err
+    assert lines[0].startswith("vitok: ")
+    return lines[0].removeprefix("vitok: ")
+
+
+def test_unknown_command_and_recipe_name_the_nearest(vitok) -> None:
+    assert complaint(vitok("trian", "quickstart"), 2) == (
+        "there is no command 'trian'; did you mean 'train'?"
+    )
+    assert complaint(vitok("train", "quickstrat"), 2) == (
+        "there is no recipe 'quickstrat'; did you mean 'quickstart'?"
+    )
+    assert complaint(vitok("corpus", "indx"), 2) == (
+        "there is no corpus command 'indx'; did you mean 'index'?"
+    )
+    sentence = complaint(vitok("zzz"), 2)
+    assert all(name in sentence for name in COMMANDS), "nothing is near: all are listed"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (["train", "quickstart", "--optim.lrr", "3"], ["--optim.lrr", "--optim.lr"]),
+        (["train", "quickstart", "--optim.lr", "much"], ["--optim.lr", "'much'"]),
+        (["train", "quickstart", "--optim.lr", "-1"], ["lr=-1.0", "must be positive"]),
+        (["train", "quickstart", "--start", "magic"], ["--start", "random", "pca"]),
+        (["evaluate", "--model", "m"], ["--manifest"]),
+        (["encode", "--modle", "m"], ["--modle"]),
+        (["quickstart", "--frehs"], ["--frehs", "--fresh"]),
+    ],
+)
+def test_wrong_field_is_named(vitok, arguments: list[str], named: list[str]) -> None:
+    outcome = vitok(*arguments)
+    assert outcome.status == 2
+    assert "Traceback" not in outcome.err
+    for name in named:
+        assert name in outcome.err
+
+
+HELPS = [
+    *([name] for name in ("quickstart", "evaluate", "reconstruct", "encode", "ui")),
+    *(["train", name] for name in TRAINING),
+    ["corpus", "index"],
+    ["latents", "verify"],
+    ["latents", "stats"],
+    *(["bench", name] for name in BENCHMARKS),
+]
+
+
+@pytest.mark.parametrize("command", HELPS, ids=" ".join)
+def test_help_explains_every_field(vitok, command: list[str]) -> None:
+    outcome = vitok(*command, "--help")
+    assert outcome.status == 0
+    assert outcome.out.startswith(f"usage: vitok {' '.join(command)}")
+    text = re.sub(r"[─│╭╮╰╯]", " ", outcome.out)
+    fields = re.split(r"\n\s+(?=-{1,2}[a-z])", text)[1:]
+    assert len(fields) >= 1
+    for field in fields:
+        field = " ".join(field.split())
+        explained = re.fullmatch(
+            r"(-h, )?--\S+( --no-\S+)? ?"
+            r"((\[?[A-Z]+( \[[A-Z]+ \.\.\.\]\])?|\{\S+\}) ?)*(?P<help>.*)",
+            field,
+        )
+        assert explained, field
+        assert len(explained["help"].partition("(default")[0]) > 8, f"not explained: {field}"
+        assert field.startswith("-h") or re.search(r"\((default: .*|required)\)", field), field
+
+
+def test_help_covers_every_command() -> None:
+    assert {command[0] for command in HELPS} == set(COMMANDS)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_has_help(vitok, command: str) -> None:
+    outcome = vitok(command, "--help")
+    assert outcome.status == 0
+    assert f"usage: vitok {command}" in outcome.out
+
+
+def test_overview_lists_every_command(vitok) -> None:
+    asked, empty = vitok("--help"), vitok()
+    assert (asked.status, empty.status) == (0, 2)
+    assert asked.out == empty.out
+    assert all(re.search(rf"^  {name}\b", asked.out, re.MULTILINE) for name in COMMANDS)
+    recipes = vitok("train")
+    assert recipes.status == 2
+    assert all(name in recipes.out for name in TRAINING)
+
+
+def test_training_without_images_is_told_how_to_get_them(vitok, tmp_path: Path) -> None:
+    sentence = complaint(vitok("train", "quickstart"))
+    assert sentence.startswith("data.manifest is empty; make one with `vitok corpus index")
+    sentence = complaint(vitok("train", "quickstart", "--data.manifest", tmp_path / "nowhere"))
+    assert f"{tmp_path}/nowhere: no manifest in this folder; `vitok corpus index" in sentence
+    assert not (tmp_path / "here" / "runs").exists(), "nothing was begun"
+
+
+def test_manifest_without_samples_is_refused(vitok, tiny_weights: Path, tmp_path: Path) -> None:
+    columns = {"uri": pa.string(), "num_bytes": pa.int64(), "num_samples": pa.int64()}
+    schema = pa.schema(columns | {"digest": pa.string()})
+    (tmp_path / "manifest").mkdir()
+    pq.write_table(schema.empty_table(), tmp_path / "manifest" / "shards.parquet")
+    for command in (
+        ["train", "quickstart", "--data.manifest", tmp_path / "manifest"],
+        ["evaluate", "--model", tiny_weights, "--manifest", tmp_path / "manifest"],
+    ):
+        assert "this manifest holds no samples; index other shards" in complaint(vitok(*command))
+
+
+def test_dino_weights_that_are_not_there_are_asked_for(
+    vitok, sample_manifests: tuple[Path, Path], tmp_path: Path
+) -> None:
+    sentence = complaint(
+        vitok(
+            *("train", "vitok-350m-f16x64", "--data.manifest", sample_manifests[0]),
+            *("--loss.dino-weights", tmp_path / "nowhere"),
+        )
+    )
+    assert f"no DINOv3 weights at '{tmp_path}/nowhere'; request access to" in sentence
+
+
+def tar_of(path: Path, members: dict[str, bytes]) -> Path:
+    with tarfile.open(path, "w") as archive:
+        for name, data in members.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            archive.addfile(info, io.BytesIO(data))
+    return path
+
+
+def jpeg(height: int, width: int, seed: int = 0) -> bytes:
+    buffer = io.BytesIO()
+    pixels = np.random.default_rng(seed).integers(0, 255, (height, width, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(buffer, format="JPEG")
+    return buffer.getvalue()
+
+
+def test_shard_that_is_no_whole_tar_is_named(vitok, tmp_path: Path) -> None:
+    text = tmp_path / "text.tar"
+    text.write_text("this is no archive\n" * 100)
+    empty = tmp_path / "empty.tar"
+    empty.touch()
+    whole = tar_of(tmp_path / "whole.tar", {f"k{i}.jpg": jpeg(40, 50, i) for i in range(4)})
+    cut = tmp_path / "cut.tar"
+    cut.write_bytes(whole.read_bytes()[:3000])
+    for shard in (text, empty, cut):
+        sentence = complaint(vitok("corpus", "index", shard, "--out", tmp_path / "manifest"))
+        assert f"{shard}: not a readable tar archive (" in sentence
+        assert "write the shard again" in sentence
+        assert not (tmp_path / "manifest").exists()
+
+
+def test_corpus_that_is_not_there_is_named(vitok, tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    for pattern in ("nowhere", "nowhere/*.tar", "train-{000..002}.tar", tmp_path / "empty"):
+        sentence = complaint(vitok("corpus", "index", pattern, "--out", tmp_path / "manifest"))
+        assert f"{pattern}" in sentence
+        assert "no shard matches; name existing .tar files" in sentence
+    none = complaint(vitok("corpus", "index", "--out", tmp_path / "manifest"))
+    assert none.startswith("no shards given")
+    texts = tar_of(tmp_path / "texts.tar", {"a.txt": b"1", "b.txt": b"2"})
+    sentence = complaint(vitok("corpus", "index", texts, "--out", tmp_path / "manifest"))
+    assert f"{texts}: no samples in this tar archive; a sample is KEY.jpg" in sentence
+
+
+def test_index_counts_samples_and_lists_what_it_skips(vitok, tmp_path: Path) -> None:
+    members = {f"k{i:02d}.jpg": jpeg(40 + i, 50, i) for i in range(20)}
+    members |= {"zero.jpg": b"", "lonely.cls": b"3"}
+    shard = tar_of(tmp_path / "shard.tar", members)
+    manifest = tmp_path / "manifest"
+    outcome = vitok("corpus", "index", tmp_path / "*.tar", "--out", manifest)
+    assert outcome.status == 0
+    lines = outcome.out.splitlines()
+    assert lines[0] == "20 samples in 1 shards"
+    assert lines[1] == f"skipped zero of {shard}: zero bytes where an image should be"
+    assert lines[2] == f"skipped lonely of {shard}: no image member"
+    assert lines[-1] == f"manifest: {manifest}"
+    assert Manifest.load(manifest).num_samples == 20
+    again = complaint(vitok("corpus", "index", shard, "--out", manifest))
+    assert f"{manifest}: exists already; remove it or write the manifest elsewhere" in again
+
+
+def broken_models(tmp_path: Path, tiny_weights: Path) -> dict[Path, str]:
+    """Folders that are no model, with what is said of each."""
+    config = json.loads((tiny_weights / "config.json").read_text())
+    decoder = (tiny_weights / "decoder.safetensors").read_bytes()
+    encoder = (tiny_weights / "encoder.safetensors").read_bytes()
+    folders: dict[str, tuple[dict[str, bytes], str]] = {
+        "empty": ({}, "holds no config.json; give the folder of exported weights"),
+        "without-decoder": (
+            {"config.json": json.dumps(config).encode(), "encoder.safetensors": encoder},
+            "holds no decoder.safetensors; give the folder",
+        ),
+        "no-json": (
+            {"config.json": b"{", "encoder.safetensors": encoder, "decoder.safetensors": decoder},
+            "config.json is not JSON",
+        ),
+        "other-config": (
+            {
+                "config.json": json.dumps(config | {"surplus": 1}).encode(),
+                "encoder.safetensors": encoder,
+                "decoder.safetensors": decoder,
+            },
+            "config.json does not hold a AutoencoderConfig: surplus",
+        ),
+        "other-architecture": (
+            {
+                "config.json": json.dumps(config | {"decoder_depth": 3}).encode(),
+                "encoder.safetensors": encoder,
+                "decoder.safetensors": decoder,
+            },
+            "does not hold the weights of its config: decoder_blocks.2",
+        ),
+        "garbage": (
+            {
+                "config.json": json.dumps(config).encode(),
+                "encoder.safetensors": b"garbage" * 100,
+                "decoder.safetensors": decoder,
+            },
+            "encoder.safetensors",
+        ),
+    }
+    expected = {}
+    for name, (files, sentence) in folders.items():
+        (tmp_path / name).mkdir()
+        for file, data in files.items():
+            (tmp_path / name / file).write_bytes(data)
+        expected[tmp_path / name] = sentence
+    expected[tmp_path / "nowhere"] = "holds no config.json; give the folder of exported weights"
+    return expected
+
+
+def test_folder_that_is_no_model_is_named(
+    vitok, sample_manifests: tuple[Path, Path], tiny_weights: Path, tmp_path: Path
+) -> None:
+    photo = tmp_path / "photo.jpg"
+    photo.write_bytes(jpeg(40, 50))
+    for folder, expected in broken_models(tmp_path, tiny_weights).items():
+        for command in (
+            ["evaluate", "--manifest", sample_manifests[1], "--model", folder],
+            ["reconstruct", photo, "--model", folder],
+        ):
+            sentence = complaint(vitok(*command))
+            assert str(folder) in sentence
+            assert expected in sentence
+
+
+def test_file_that_is_no_image_is_named(vitok, tiny_weights: Path, tmp_path: Path) -> None:
+    whole = jpeg(200, 300)
+    for name, data, expected in (
+        ("notes.txt", b"some text\n" * 50, "not an image with an intact header (JPEG"),
+        ("zero.jpg", b"", "zero bytes where an image should be"),
+        ("cut.jpg", whole[: len(whole) // 2], "truncated image: "),
+    ):
+        (tmp_path / name).write_bytes(data)
+        sentence = complaint(vitok("reconstruct", tmp_path / name, "--model", tiny_weights))
+        assert sentence.startswith(f"{tmp_path / name}: {expected}")
+    sentence = complaint(vitok("reconstruct", "nothing-*.jpg", "--model", tiny_weights))
+    assert sentence == "nothing-*.jpg names no file; give image files, folders or globs"
+    sentence = complaint(vitok("reconstruct", "--model", tiny_weights), status=2)
+    assert "give image files, folders or globs" in sentence
+
+
+def test_reconstruct_writes_original_reconstruction_and_error(
+    vitok, tiny_weights: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "photos").mkdir()
+    for name, height, width in (("one", 70, 150), ("two", 64, 32)):
+        (tmp_path / "photos" / f"{name}.jpg").write_bytes(jpeg(height, width))
+    out = tmp_path / "out"
+    outcome = vitok("reconstruct", tmp_path / "photos", "--model", tiny_weights, "--out", out)
+    assert outcome.status == 0, outcome.err
+    for line, name, height, width in zip(
+        outcome.out.splitlines(), ("one", "two"), (70, 64), (150, 32), strict=True
+    ):
+        with Image.open(out / f"{name}.png") as picture:
+            assert picture.size == (3 * width + 2 * 4, height)
+        tokens = -(-height // 16) * -(-width // 16)
+        assert line.startswith(f"{out}/{name}.png: {width} x {height}, {tokens} tokens, PSNR ")
+        assert 3 < float(re.search(r"PSNR (\S+) dB", line)[1]) < 30
+    shrunk = vitok(
+        *("reconstruct", tmp_path / "photos/one.jpg", "--model", tiny_weights),
+        *("--out", out, "--token-budget", 8),
+    )
+    assert shrunk.status == 0
+    assert " 8 tokens" in shrunk.out
+
+
+def test_pictures_of_equal_file_names_do_not_overwrite_each_other(
+    vitok, tiny_weights: Path, tmp_path: Path
+) -> None:
+    for folder, height in (("a", 32), ("b", 48)):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "photo.jpg").write_bytes(jpeg(height, 32))
+    (tmp_path / "a" / "photo.png").write_bytes(jpeg(64, 32))
+    outcome = vitok(
+        *("reconstruct", tmp_path / "a", tmp_path / "b", "--model", tiny_weights),
+        *("--out", tmp_path / "out"),
+    )
+    assert outcome.status == 0
+    written = {line.partition(": ")[0] for line in outcome.out.splitlines()}
+    assert len(written) == 3
+    heights = [Image.open(file).height for file in sorted(written)]
+    assert sorted(heights) == [32, 48, 64]
+
+
+def test_evaluate_prints_a_table_or_json(
+    vitok, sample_manifests: tuple[Path, Path], tiny_weights: Path, tmp_path: Path
+) -> None:
+    command = ["evaluate", "--model", tiny_weights, "--manifest", sample_manifests[1]]
+    command += ["--out", tmp_path / "evaluation", "--token-budget", 36]
+    shown = vitok(*command)
+    assert shown.status == 0
+    assert f"results: {tmp_path}/evaluation" in shown.out
+    summary = json.loads(vitok(*command, "--json").out.splitlines()[-1])
+    assert summary["eval_images"] == 5
+    assert f"{summary['eval_psnr']:.4g}" in shown.out
+    means = json.loads((tmp_path / "evaluation/results.json").read_text())["means"]
+    assert means == pytest.approx(summary)
+
+
+@pytest.fixture
+def small_cache(tmp_path: Path) -> Path:
+    identity = CacheIdentity(
+        encoder_digest="e" * 64,
+        transform=Transform(token_budget=16, patch_size=16),
+        dtype="bfloat16",
+        channels=3,
+    )
+    folder = Folder.of(str(tmp_path / "cache"))
+    rows = [LatentRow(f"k{i}", torch.full((4, 3), float(i)), (2, 2), (32, 32), i) for i in range(5)]
+    record = write_unit(folder, "a" * 40, rows, 3, torch.bfloat16, [])
+    write_manifest(folder, identity, "s" * 64, [record])
+    return tmp_path / "cache"
+
+
+def test_latents_commands_show_and_check_a_cache(vitok, small_cache: Path) -> None:
+    stats = vitok("latents", "stats", small_cache)
+    assert stats.status == 0
+    shown = json.loads(stats.out)
+    assert (shown["num_images"], shown["num_tokens"]) == (5, 20)
+    assert shown["mean"] == pytest.approx([2.0] * 3)
+    assert shown["std"] == pytest.approx([2.0**0.5] * 3)
+    assert shown["identity"]["transform"] == {"token_budget": 16, "patch_size": 16}
+
+    checked = vitok("latents", "verify", small_cache)
+    assert checked.status == 0
+    assert checked.out == f"{small_cache}: 5 latents as they were written\n"
+    (unit,) = (small_cache / "units").glob("*.safetensors")
+    damaged = bytearray(unit.read_bytes())
+    damaged[-1] ^= 1
+    unit.write_bytes(damaged)
+    assert f"{unit} is damaged: sha256" in complaint(vitok("latents", "verify", small_cache))
+
+
+def test_folder_that_is_no_cache_is_named(vitok, small_cache: Path, tmp_path: Path) -> None:
+    for command in ("verify", "stats"):
+        sentence = complaint(vitok("latents", command, tmp_path / "nowhere"))
+        assert f"{tmp_path}/nowhere holds no finished latent cache" in sentence
+    (small_cache / "manifest.json").write_text("{")
+    sentence = complaint(vitok("latents", "stats", small_cache))
+    assert f"{small_cache}/manifest.json is not JSON" in sentence
+
+
+def test_busy_port_and_folder_without_runs_are_named(
+    vitok, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sentence = complaint(vitok("ui", "--storage", tmp_path / "nowhere"))
+    assert sentence.startswith(f"{tmp_path}/nowhere holds no mlflow.db; give the folder of the")
+    (tmp_path / "mlflow.db").touch()
+    with socket.socket() as busy:
+        busy.bind(("127.0.0.1", 0))
+        busy.listen()
+        port = busy.getsockname()[1]
+        sentence = complaint(vitok("ui", "--storage", tmp_path, "--port", port))
+        assert sentence == f"port {port} is taken; choose another with --port"
+
+    served: list[tuple[str, int]] = []
+    monkeypatch.setattr(local, "serve_mlflow", lambda uri, port: served.append((uri, port)))
+    assert vitok("ui", "--storage", tmp_path, "--port", port).status == 0
+    assert served == [(f"sqlite:///{tmp_path}/mlflow.db", port)]
+
+
+def test_encode_without_corpus_or_model_fails_before_it_encodes(
+    vitok, ray_cluster: None, sample_manifests: tuple[Path, Path], tmp_path: Path
+) -> None:
+    out = ["--out", tmp_path / "cache"]
+    nowhere = tmp_path / "nowhere"
+    sentence = complaint(vitok("encode", "--manifest", nowhere, "--model", nowhere, *out))
+    assert f"{nowhere}: no manifest in this folder" in sentence
+    sentence = complaint(
+        vitok("encode", "--manifest", sample_manifests[0], "--model", nowhere, *out)
+    )
+    assert f"{nowhere} holds no config.json; give the folder of exported weights" in sentence
+    assert not (tmp_path / "cache").exists()
+
+
+def test_interrupted_command_says_how_to_go_on(vitok, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(arguments: list[str]) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setitem(COMMANDS, "train", interrupted)
+    assert "goes on from the last checkpoint" in complaint(vitok("train"), status=130)
