@@ -4,6 +4,7 @@ import difflib
 import glob
 import inspect
 import json
+import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
@@ -30,6 +31,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         _lookup(COMMANDS, name, "command")(rest)
     except UsageError as error:
         return _complain(str(error), 2)
+    except BrokenPipeError:  # the reader of our output, head or less, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except KeyboardInterrupt:
         return _complain("interrupted; the same command goes on from the last checkpoint", 130)
     except (ValueError, OSError, RuntimeError, ArithmeticError, ImportError) as error:
@@ -174,7 +178,7 @@ def corpus(arguments: Sequence[str]) -> None:
                 bar.update(done - bar.n)
 
             manifest = build_manifest(shards, out, show)
-        print(f"{manifest.num_samples} samples in {len(manifest.uris)} shards")
+        print(f"shards: {len(manifest.uris)}, samples: {manifest.num_samples}")
         for uri, key, reason in manifest.skipped():
             print(f"skipped {key} of {uri}: {reason}")
         print(f"manifest: {manifest.path}")

@@ -1,6 +1,5 @@
 """Encoding a corpus into a latent cache: a Ray batch job that continues where it stopped."""
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -12,12 +11,12 @@ from numpy.typing import NDArray
 from pipelines.corpus import Manifest
 from pipelines.ingest import PackedRow, load_rows
 from pipelines.latents import (
-    CACHE_FILE,
     DTYPES,
     CacheIdentity,
     LatentManifest,
     LatentRow,
     Transform,
+    claim_cache,
     committed_units,
     read_record,
     write_manifest,
@@ -29,7 +28,7 @@ from pipelines.progress import progress_bar
 from pipelines.storage import Folder
 from pipelines.train_autoencoder import load_autoencoder
 from vitok.autoencoder import Autoencoder
-from vitok.config import config, describe_difference, parse_json, to_dict
+from vitok.config import config
 from vitok.packed import PackedTokens
 from vitok.pretrained import encoder_digest
 
@@ -99,7 +98,8 @@ def cache_latents(settings: LatentCaching) -> LatentManifest:
     )
     source = Manifest.load(settings.manifest)
     cache = Folder(settings.out)
-    identity = _claim_cache(cache, settings)
+    identity = identity_of(settings)
+    claim_cache(cache, identity)
     units = units_of(source, settings.unit_samples)
     names = [_name(identity, source, unit) for unit in units]
     committed = committed_units(cache)
@@ -148,25 +148,16 @@ def _name(identity: CacheIdentity, source: Manifest, unit: Unit) -> str:
     return identity.unit_name(str(source.shard_digests[unit.shard]), unit.start, unit.stop)
 
 
-def _claim_cache(cache: Folder, settings: LatentCaching) -> CacheIdentity:
+def identity_of(settings: LatentCaching) -> CacheIdentity:
+    """Return what the cache of these settings is of."""
     model = load_autoencoder(settings.model)
-    identity = CacheIdentity(
+    return CacheIdentity(
         encoder_digest=encoder_digest(model),
         transform=Transform(token_budget=settings.token_budget, patch_size=model.config.patch_size),
         dtype=settings.dtype,
         channels=model.config.latent_channels,
+        row_tokens=settings.row_tokens,
     )
-    text = cache.read_text(CACHE_FILE)
-    if text is None:
-        cache.write_text(CACHE_FILE, json.dumps(to_dict(identity), indent=2) + "\n")
-        return identity
-    found = parse_json(CacheIdentity, text, f"{cache.uri}/{CACHE_FILE}")
-    differences = describe_difference(found, identity)
-    if differences:
-        raise ValueError(
-            f"{cache.uri} holds another cache ({'; '.join(differences)}); choose another folder"
-        )
-    return identity
 
 
 class _EncodeUnits:

@@ -20,7 +20,7 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from pipelines.storage import Folder
-from vitok.config import config, parse_json, to_dict
+from vitok.config import config, describe_difference, parse_json, to_dict
 
 CACHE_FILE = "cache.json"
 MANIFEST_FILE = "manifest.json"
@@ -55,16 +55,19 @@ class CacheIdentity:
         transform: how images were prepared.
         dtype: of the stored latents.
         channels: c of a latent.
+        row_tokens: of the packed rows that were encoded; kernels may round differently at another.
     """
 
     encoder_digest: str
     transform: Transform
     dtype: str
     channels: int
+    row_tokens: int
 
     def unit_name(self, shard_digest: str, start: int, stop: int) -> str:
         """Return the name of the unit that holds samples start to stop of an input shard."""
-        parts = (shard_digest, start, stop, self.encoder_digest, self.transform.digest, self.dtype)
+        parts = (shard_digest, start, stop, self.encoder_digest, self.transform.digest)
+        parts += (self.dtype, self.row_tokens)
         return hashlib.sha256(":".join(map(str, parts)).encode()).hexdigest()[:40]
 
 
@@ -189,12 +192,32 @@ def committed_units(cache: Folder) -> set[str]:
     }
 
 
-def write_manifest(
-    cache: Folder, identity: CacheIdentity, source_digest: str, records: Sequence[UnitRecord]
-) -> LatentManifest:
-    """Merge the commit records into the cache's manifest, and write it.
+def claim_cache(cache: Folder, identity: CacheIdentity) -> None:
+    """Note in a new cache's folder what it is of, or check that the cache there is of the same.
 
-    Moments are added in float64 in the order of the corpus, whoever computed them and when.
+    Raises:
+        ValueError: it is another cache; the differences are listed.
+    """
+    found = _read_identity(cache)
+    if found is None:
+        cache.write_text(CACHE_FILE, json.dumps(to_dict(identity), indent=2) + "\n")
+    elif differences := describe_difference(found, identity):
+        raise ValueError(
+            f"{cache.uri} holds another cache ({'; '.join(differences)}); choose another folder"
+        )
+
+
+def _read_identity(cache: Folder) -> CacheIdentity | None:
+    text = cache.read_text(CACHE_FILE)
+    return parse_json(CacheIdentity, text, f"{cache.uri}/{CACHE_FILE}") if text else None
+
+
+def _merge(
+    identity: CacheIdentity, source_digest: str, records: Sequence[UnitRecord]
+) -> LatentManifest:
+    """Merge the commit records of a cache, in the order of the corpus.
+
+    Moments are added in float64 in that order, whoever computed them and when.
     """
     count = sum(record.num_tokens for record in records)
     total = torch.zeros(identity.channels, dtype=torch.float64)
@@ -204,7 +227,7 @@ def write_manifest(
         squares += torch.tensor(record.channel_square_sum, dtype=torch.float64)
     mean = total / max(1, count)
     std = (squares / max(1, count) - mean.square()).clamp(min=0).sqrt()
-    manifest = LatentManifest(
+    return LatentManifest(
         identity=identity,
         source_digest=source_digest,
         num_images=sum(record.num_images for record in records),
@@ -214,6 +237,13 @@ def write_manifest(
         std=tuple(std.tolist()),
         units=tuple(records),
     )
+
+
+def write_manifest(
+    cache: Folder, identity: CacheIdentity, source_digest: str, records: Sequence[UnitRecord]
+) -> LatentManifest:
+    """Write the manifest over all commit records: from here on the cache can be read."""
+    manifest = _merge(identity, source_digest, records)
     cache.write_text(MANIFEST_FILE, json.dumps(to_dict(manifest), indent=1) + "\n")
     return manifest
 
@@ -259,7 +289,7 @@ class LatentCache:
             raise IndexError(f"image {index} of a cache of {len(self)}")
         unit = bisect.bisect_right(self._last_of_unit, index)
         first = self._last_of_unit[unit - 1] if unit else 0
-        return _row(_load_unit(self.folder, self.manifest.units[unit].name), index - first)
+        return _row(*_load_unit(self.folder, self.manifest.units[unit].name), index - first)
 
     def __iter__(self) -> Iterator[LatentRow]:
         return (self[index] for index in range(len(self)))
@@ -271,35 +301,52 @@ class LatentCache:
         return (latent.float() - mean) / std.clamp(min=1e-6)
 
     def verify(self) -> None:
-        """Read every unit and compare it with its record.
+        """Compare every file of the cache with what the others say of it.
 
         Raises:
-            ValueError: a unit is damaged or missing; the first is named.
+            ValueError: a file is damaged or missing; the first is named.
         """
+        identity = _read_identity(self.folder)
+        records = []
         for unit in self.manifest.units:
             name = f"{unit.name}.safetensors"
             units = self.folder.child(UNITS)
+            if not units.exists(f"{unit.name}.json"):
+                raise ValueError(
+                    f"{units.uri}/{unit.name}.json is missing; run `vitok encode` again"
+                )
             if not units.exists(name):
-                raise ValueError(f"{units.uri}/{name} is missing; run `vitok encode` again")
+                raise ValueError(
+                    f"{units.uri}/{name} is missing; delete its .json and run `vitok encode` again"
+                )
             found = hashlib.sha256(units.read_bytes(name)).hexdigest()
             if found != unit.sha256:
                 raise ValueError(
                     f"{units.uri}/{name} is damaged: sha256 {found[:12]} instead of "
                     f"{unit.sha256[:12]}; delete it and its .json and run `vitok encode` again"
                 )
+            records.append(read_record(self.folder, unit.name))
+        rebuilt = _merge(identity or self.manifest.identity, self.manifest.source_digest, records)
+        if identity is None or rebuilt != self.manifest:
+            raise ValueError(
+                f"{self.folder.uri}: {MANIFEST_FILE}, {CACHE_FILE} and the records of the units "
+                "contradict each other; one of them is damaged. Delete the manifest and run "
+                "`vitok encode` again"
+            )
 
 
 @lru_cache(maxsize=4)
-def _load_unit(cache: Folder, name: str) -> dict[str, Tensor]:
-    return load(cache.child(UNITS).read_bytes(f"{name}.safetensors"))
+def _load_unit(cache: Folder, name: str) -> tuple[dict[str, Tensor], list[str]]:
+    unit = load(cache.child(UNITS).read_bytes(f"{name}.safetensors"))
+    return unit, json.loads(unit["keys"].numpy().tobytes())
 
 
-def _row(unit: dict[str, Tensor], index: int) -> LatentRow:
+def _row(unit: dict[str, Tensor], keys: list[str], index: int) -> LatentRow:
     start, stop = unit["offsets"][index : index + 2].tolist()
     rows, columns = unit["grid"][index].tolist()
     height, width = unit["image_size"][index].tolist()
     return LatentRow(
-        key=_decode_keys(unit["keys"])[index],
+        key=keys[index],
         latent=unit["latents"][start:stop],
         grid=(rows, columns),
         image_size=(height, width),
@@ -309,8 +356,3 @@ def _row(unit: dict[str, Tensor], index: int) -> LatentRow:
 
 def _encode_keys(keys: Sequence[str]) -> Tensor:
     return torch.frombuffer(bytearray(json.dumps(list(keys)).encode()), dtype=torch.uint8)
-
-
-def _decode_keys(encoded: Tensor) -> list[str]:
-    keys: list[str] = json.loads(encoded.numpy().tobytes())
-    return keys

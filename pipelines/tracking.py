@@ -143,8 +143,9 @@ def open_run(
             client.log_batch(run_id, params=params[start : start + _PARAMS_PER_CALL])
         folder.write_text(_RUN_FILE, json.dumps({"uri": uri, "run_id": run_id}))
     mlflow.set_tracking_uri(uri)
-    client.set_tag(run_id, "run_folder", folder.uri)
-    mlflow.start_run(run_id=run_id, log_system_metrics=True)
+    with _survive():
+        client.set_tag(run_id, "run_folder", folder.uri)
+        mlflow.start_run(run_id=run_id, log_system_metrics=True)
     status = "FAILED"
     try:
         yield Tracker(uri, run_id)

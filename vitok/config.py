@@ -58,7 +58,7 @@ def parse_config(cls: type[ConfigT], fields: Any, source: str) -> ConfigT:
             f"{'.'.join(map(str, item['loc'])) or cls.__name__}: {item['msg']}"
             for item in error.errors()
         )
-        raise ValueError(f"{source} does not hold a {cls.__name__}: {complaints}") from error
+        raise ValueError(f"{source} is no {cls.__name__}: {complaints}") from error
 
 
 def parse_json(cls: type[ConfigT], text: str, source: str) -> ConfigT:

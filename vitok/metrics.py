@@ -14,9 +14,9 @@ def psnr(output: Tensor, target: Tensor) -> float:
         output, target: [3, H, W] in [-1, 1], so the data range is 2; output is clamped to it.
 
     Returns:
-        10 log10(4 / MSE); infinite for equal images.
+        10 log10(4 / MSE), at most 100: equal images must not make a mean over images infinite.
     """
-    error = (output.float().clamp(-1, 1) - target.float()).square().mean()
+    error = (output.float().clamp(-1, 1) - target.float()).square().mean().clamp(min=4e-10)
     return (10 * torch.log10(4 / error)).item()
 
 

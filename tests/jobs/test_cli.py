@@ -18,7 +18,14 @@ from jobs.bench import BENCHMARKS
 from jobs.cli import COMMANDS, main
 from jobs.recipes import TRAINING
 from pipelines.corpus import Manifest
-from pipelines.latents import CacheIdentity, LatentRow, Transform, write_manifest, write_unit
+from pipelines.latents import (
+    CacheIdentity,
+    LatentRow,
+    Transform,
+    claim_cache,
+    write_manifest,
+    write_unit,
+)
 from pipelines.storage import Folder
 
 
@@ -226,7 +233,7 @@ def test_index_counts_samples_and_lists_what_it_skips(vitok, tmp_path: Path) -> 
     outcome = vitok("corpus", "index", tmp_path / "*.tar", "--out", manifest)
     assert outcome.status == 0
     lines = outcome.out.splitlines()
-    assert lines[0] == "20 samples in 1 shards"
+    assert lines[0] == "shards: 1, samples: 20"
     assert lines[1] == f"skipped zero of {shard}: zero bytes where an image should be"
     assert lines[2] == f"skipped lonely of {shard}: no image member"
     assert lines[-1] == f"manifest: {manifest}"
@@ -256,7 +263,7 @@ def broken_models(tmp_path: Path, tiny_weights: Path) -> dict[Path, str]:
                 "encoder.safetensors": encoder,
                 "decoder.safetensors": decoder,
             },
-            "config.json does not hold a AutoencoderConfig: surplus",
+            "config.json is no AutoencoderConfig: surplus",
         ),
         "other-architecture": (
             {
@@ -381,10 +388,12 @@ def small_cache(tmp_path: Path) -> Path:
         transform=Transform(token_budget=16, patch_size=16),
         dtype="bfloat16",
         channels=3,
+        row_tokens=64,
     )
     folder = Folder.of(str(tmp_path / "cache"))
     rows = [LatentRow(f"k{i}", torch.full((4, 3), float(i)), (2, 2), (32, 32), i) for i in range(5)]
     record = write_unit(folder, "a" * 40, rows, 3, torch.bfloat16, [])
+    claim_cache(folder, identity)
     write_manifest(folder, identity, "s" * 64, [record])
     return tmp_path / "cache"
 

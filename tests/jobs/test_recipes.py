@@ -130,7 +130,7 @@ def test_recipe_is_a_complete_config_that_json_carries(name: str, tmp_path: Path
     assert read_config(tmp_path / "config.json", AutoencoderTraining) == settings
     text = json.dumps(to_dict(settings))
     assert parse_json(AutoencoderTraining, text, "text") == settings
-    with pytest.raises(ValueError, match=r"text does not hold a AutoencoderTraining: .*surplus"):
+    with pytest.raises(ValueError, match=r"text is no AutoencoderTraining: .*surplus"):
         parse_json(AutoencoderTraining, text.replace('"seed"', '"surplus"'), "text")
 
 

@@ -131,7 +131,7 @@ def test_cache_of_another_transform_or_encoder_is_refused(
     # Refused before anything is encoded: no Ray here.
     from pipelines import cache_latents as module
 
-    identity = module._claim_cache(module.Folder.of(caching.out), caching)
+    identity = module.identity_of(caching)
     assert identity.transform.token_budget == BUDGET
     claimed = files_of(caching.out)
     assert list(claimed) == ["cache.json"]

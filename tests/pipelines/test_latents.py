@@ -16,6 +16,7 @@ from pipelines.latents import (
     LatentRow,
     Transform,
     UnitRecord,
+    claim_cache,
     committed_units,
     read_record,
     write_manifest,
@@ -29,6 +30,7 @@ IDENTITY = CacheIdentity(
     transform=Transform(token_budget=64, patch_size=16),
     dtype="bfloat16",
     channels=CHANNELS,
+    row_tokens=64,
 )
 
 
@@ -64,6 +66,7 @@ def write(folder: Folder, name: str, dtype: torch.dtype = torch.bfloat16) -> Uni
 @pytest.fixture
 def cache(tmp_path: Path) -> Path:
     folder = Folder.of(str(tmp_path / "cache"))
+    claim_cache(folder, IDENTITY)
     write_manifest(folder, IDENTITY, "s" * 64, [write(folder, name) for name in UNITS])
     return tmp_path / "cache"
 
@@ -156,7 +159,33 @@ def test_verify_finds_missing_and_shortened_files(cache: Path) -> None:
     with pytest.raises(ValueError, match=r"cccc\.safetensors is damaged"):
         LatentCache(str(cache)).verify()
     file.unlink()
-    with pytest.raises(ValueError, match=r"cccc\.safetensors is missing; run `vitok encode` again"):
+    with pytest.raises(
+        ValueError, match=r"cccc\.safetensors is missing; delete its \.json and run"
+    ):
+        LatentCache(str(cache)).verify()
+    unit_file(cache, "cccc").with_suffix(".json").unlink()
+    with pytest.raises(ValueError, match=r"cccc\.json is missing; run `vitok encode` again"):
+        LatentCache(str(cache)).verify()
+
+
+@pytest.mark.parametrize(
+    ("name", "old", "new"),
+    [
+        ("manifest.json", '"mean": [\n  ', '"mean": [\n  1'),
+        ("manifest.json", '"num_tokens": ', '"num_tokens": 1'),
+        ("cache.json", "eeee", "eeef"),
+        ("units/aaaa.json", '"num_images": ', '"num_images": 1'),
+        ("units/aaaa.json", '"channel_sum": [', '"channel_sum": [1'),
+    ],
+)
+def test_verify_finds_a_changed_digit_in_the_books(
+    cache: Path, name: str, old: str, new: str
+) -> None:
+    LatentCache(str(cache)).verify()
+    text = (cache / name).read_text()
+    assert old in text
+    (cache / name).write_text(text.replace(old, new, 1))
+    with pytest.raises(ValueError, match=r"contradict each other|is not JSON"):
         LatentCache(str(cache)).verify()
 
 
@@ -177,7 +206,7 @@ def test_unfinished_cache_is_named_with_the_remedy(cache: Path, tmp_path: Path) 
 def test_manifest_with_an_unknown_field_is_refused(cache: Path) -> None:
     file = cache / "manifest.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"surplus": 1}))
-    with pytest.raises(ValueError, match=r"manifest\.json does not hold a LatentManifest: surplus"):
+    with pytest.raises(ValueError, match=r"manifest\.json is no LatentManifest: surplus"):
         LatentCache(str(cache))
 
 

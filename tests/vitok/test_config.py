@@ -93,14 +93,14 @@ def test_reading_names_the_field_that_is_unknown_or_wrong(
     node[path[-1]] = value
     file = tmp_path / "cart.json"
     file.write_text(json.dumps(fields))
-    with pytest.raises(ValueError, match="does not hold a Cart: ") as error:
+    with pytest.raises(ValueError, match="is no Cart: ") as error:
         read_config(file, Cart)
     assert named in str(error.value)
     assert str(file) in str(error.value)
 
 
 def test_a_missing_field_and_a_broken_file_are_named(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"^here does not hold a Wheel: radius: "):
+    with pytest.raises(ValueError, match=r"^here is no Wheel: radius: "):
         parse_config(Wheel, {}, "here")
     (tmp_path / "broken.json").write_text("{")
     with pytest.raises(ValueError, match=r"broken\.json is not JSON"):
