@@ -37,7 +37,9 @@ def ray_session(num_cpus: int | None = None) -> Iterator[None]:
     from ray.data import DataContext
 
     logging.getLogger("ray.data").setLevel(logging.ERROR)
-    DataContext.get_current().enable_progress_bars = False
+    context = DataContext.get_current()
+    context.enable_progress_bars = False
+    context.raise_original_map_exception = True
     try:
         yield
     finally:

@@ -9,6 +9,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.nn.utils.rnn import pad_sequence
 
 from vitok import attention as attention_module
 from vitok.attention import AttentionLayout, attention_layout, packed_attention
@@ -27,22 +28,21 @@ def attention(
 
     Args:
         row_tokens: tokens of the packed row.
-        tokens_per_image: of each image in it.
+        tokens_per_image: most tokens of an image in it; the least are three quarters of that.
         num_heads: attention heads.
         head_dim: channels of a head.
         threads: CPU threads.
         repeats: timed passes; the median counts.
     """
     torch.set_num_threads(threads)
-    layout, mask_STT = _uniform_layout(row_tokens, tokens_per_image)
+    layout, is_key = _layout(row_tokens, tokens_per_image)
     real_tokens = int(layout.cu_seqlens[-1])
     generator = torch.Generator().manual_seed(0)
     qkv = [
         torch.randn(real_tokens, num_heads, head_dim, generator=generator).bfloat16()
         for _ in range(3)
     ]
-    num_images = len(layout.lengths or ())
-    shape = (num_images, tokens_per_image, num_heads, head_dim)
+    lengths = layout.lengths or ()
 
     def images_fused(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         limit = attention_module.MAX_EXPLICIT_TOKENS
@@ -53,13 +53,27 @@ def attention(
             attention_module.MAX_EXPLICIT_TOKENS = limit
 
     def padded(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        q, k, v = (x.view(shape).transpose(1, 2) for x in (q, k, v))
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask_STT)
-        return out.transpose(1, 2).reshape(real_tokens, num_heads, head_dim)
+        q, k, v = (
+            pad_sequence(x.split(lengths), batch_first=True).transpose(1, 2) for x in (q, k, v)
+        )
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=is_key).transpose(1, 2)
+        return torch.cat([image[:n] for image, n in zip(out, lengths, strict=True)])
+
+    def grouped(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        parts = [x.split(lengths) for x in (q, k, v)]
+        outputs: list[Tensor] = [q] * len(lengths)
+        for length in sorted(set(lengths)):
+            members = [i for i, n in enumerate(lengths) if n == length]
+            stacked = (torch.stack([x[i] for i in members]).transpose(1, 2) for x in parts)
+            out = F.scaled_dot_product_attention(*stacked).transpose(1, 2)
+            for place, i in enumerate(members):
+                outputs[i] = out[place]
+        return torch.cat(outputs)
 
     candidates: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
         "per_image_explicit": lambda q, k, v: packed_attention(q, k, v, layout),
         "per_image_sdpa": images_fused,
+        "length_groups_sdpa": grouped,
         "padded_sdpa": padded,
     }
     results = {name: _time(candidate, qkv, repeats) for name, candidate in candidates.items()}
@@ -79,17 +93,22 @@ def attention(
 BENCHMARKS: dict[str, Callable[..., None]] = {"attention": attention}
 
 
-def _uniform_layout(row_tokens: int, tokens_per_image: int) -> tuple[AttentionLayout, Tensor]:
-    num_images = row_tokens // tokens_per_image
+def _layout(row_tokens: int, tokens_per_image: int) -> tuple[AttentionLayout, Tensor]:
+    """Return a full row of images of 3/4 to all of the tokens, and which padded keys are real."""
+    generator = torch.Generator().manual_seed(0)
+    lengths: list[int] = []
+    while sum(lengths) < row_tokens - tokens_per_image:
+        low = max(1, tokens_per_image * 3 // 4)
+        lengths.append(int(torch.randint(low, tokens_per_image + 1, (), generator=generator)))
     packed = layout_of(
-        [(1, tokens_per_image)] * num_images,
+        [(1, n) for n in lengths],
         patch_size=1,
-        row_tokens=num_images * tokens_per_image,
-        max_images=num_images,
+        row_tokens=sum(lengths),
+        max_images=len(lengths),
         max_seqlen=tokens_per_image,
     )
-    mask = torch.ones(num_images, 1, 1, tokens_per_image, dtype=torch.bool)
-    return attention_layout(packed), mask
+    is_key = torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]
+    return attention_layout(packed), is_key[:, None, None]
 
 
 def _time(

@@ -9,11 +9,12 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import tyro
 
 from pipelines.failures import root_cause
+from pipelines.tar_index import IMAGE_EXTENSIONS
 
 
 class UsageError(ValueError):
@@ -35,8 +36,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except KeyboardInterrupt:
-        return _complain("interrupted; the same command goes on from the last checkpoint", 130)
-    except (ValueError, OSError, RuntimeError, ArithmeticError, ImportError) as error:
+        return _complain("interrupted; what is finished is kept", 130)
+    except Exception as error:
+        if not _is_foreseen(error):
+            raise
         return _complain(root_cause(error), 1)
     return 0
 
@@ -70,14 +73,18 @@ def encode(arguments: Sequence[str]) -> None:
     """encode a corpus into a latent cache; goes on where it was stopped"""
     from cluster.local import ray_session
     from pipelines.cache_latents import LatentCaching, cache_latents
+    from pipelines.storage import Folder
 
     settings = tyro.cli(LatentCaching, args=arguments, prog="vitok encode")
     with ray_session():
         manifest = cache_latents(settings)
     print(
         f"{manifest.num_images} images, {manifest.num_tokens} latents, "
-        f"{manifest.num_bytes / 1e6:.1f} MB\ncache: {Path(settings.out).absolute()}"
+        f"{manifest.num_bytes / 1e6:.1f} MB\ncache: {Folder.of(settings.out).uri}"
     )
+    for unit in manifest.units:
+        for key, reason in unit.skipped:
+            print(f"skipped {key}: {reason}")
 
 
 def reconstruct(arguments: Sequence[str]) -> None:
@@ -162,13 +169,11 @@ def corpus(arguments: Sequence[str]) -> None:
 
     from pipelines.corpus import build_manifest
 
-    def index(
-        shards: tyro.conf.Positional[list[str]], /, *, out: Annotated[Path, tyro.conf.arg()]
-    ) -> None:
+    def index(shards: tyro.conf.Positional[list[str]], /, *, out: str) -> None:
         """Read WebDataset shards once and write their manifest.
 
         Args:
-            shards: tar files, folders of them, globs, brace ranges.
+            shards: tar files, folders of them, globs, brace ranges, s3:// URIs.
             out: folder for the manifest; must not exist.
         """
         with tqdm(desc="index", unit="shard") as bar:
@@ -287,11 +292,17 @@ def _image_files(patterns: Sequence[str]) -> list[Path]:
     for pattern in patterns:
         path = Path(pattern)
         if path.is_dir():
-            found = sorted(child for child in path.iterdir() if child.is_file())
+            found = sorted(
+                child
+                for child in path.iterdir()
+                if child.suffix.lower().removeprefix(".") in IMAGE_EXTENSIONS
+            )
+        elif path.is_file():
+            found = [path]
         else:
             found = [Path(name) for name in sorted(glob.glob(pattern))]
         if not found:
-            raise FileNotFoundError(f"{pattern} names no file; give image files, folders or globs")
+            raise FileNotFoundError(f"{pattern} names no image; give image files, folders or globs")
         files += found
     return files
 
@@ -300,6 +311,13 @@ def _print_table(rows: dict[str, str]) -> None:
     width = max(map(len, rows))
     for name, value in rows.items():
         print(f"  {name:<{width}}  {value}")
+
+
+def _is_foreseen(error: Exception) -> bool:
+    """Whether a sentence is enough; anything else is our mistake and shows its traceback."""
+    if type(error).__module__.split(".")[0] in ("ray", "mlflow"):
+        return True
+    return isinstance(error, ValueError | OSError | RuntimeError | ArithmeticError | ImportError)
 
 
 def _complain(message: str, status: int) -> int:

@@ -22,6 +22,7 @@ from pipelines.latents import (
     write_manifest,
     write_unit,
 )
+from pipelines.loop import check_resources
 from pipelines.packing import pack_best_fit
 from pipelines.plan import whole_view
 from pipelines.progress import progress_bar
@@ -108,6 +109,12 @@ def cache_latents(settings: LatentCaching) -> LatentManifest:
         done = sum(unit.stop - unit.start for unit in units) - sum(
             units[i].stop - units[i].start for i in missing
         )
+        num_workers = min(settings.num_workers, len(missing))
+        check_resources(
+            num_cpus=num_workers * settings.cpus_per_worker,
+            num_gpus=num_workers * settings.use_gpu,
+            remedy="lower num_workers or cpus_per_worker, or set use_gpu to False",
+        )
         with progress_bar("encode", source.num_samples, "image", done) as board:
             results = ray.data.from_items(
                 [{"unit": i} for i in missing], override_num_blocks=len(missing)
@@ -115,7 +122,7 @@ def cache_latents(settings: LatentCaching) -> LatentManifest:
                 _EncodeUnits,
                 batch_size=1,
                 fn_constructor_args=(settings, identity, board),
-                compute=ray.data.ActorPoolStrategy(size=min(settings.num_workers, len(missing))),
+                compute=ray.data.ActorPoolStrategy(size=num_workers),
                 num_cpus=settings.cpus_per_worker,
                 num_gpus=1 if settings.use_gpu else 0,
             )
@@ -123,10 +130,12 @@ def cache_latents(settings: LatentCaching) -> LatentManifest:
                 pass
     records = [read_record(cache, name) for name in names]
     skipped = [
-        (name, *entry) for name, r in zip(names, records, strict=True) for entry in r.skipped
+        (source.uris[unit.shard], *entry)
+        for unit, record in zip(units, records, strict=True)
+        for entry in record.skipped
     ]
     if len(skipped) > settings.max_unreadable * source.num_samples:
-        listed = "; ".join(f"{key}: {reason}" for _, key, reason in skipped[:20])
+        listed = "; ".join(f"{shard} {key}: {reason}" for shard, key, reason in skipped[:20])
         raise RuntimeError(
             f"{len(skipped)} of {source.num_samples} samples were unreadable, more than "
             f"max_unreadable={settings.max_unreadable} allows; repair the shards or raise it: "

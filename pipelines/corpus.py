@@ -23,7 +23,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipelines.shards import expand_shards, open_shard, write_shards
+from pipelines.shards import expand_shards, local_folder, open_shard, write_shards
 from pipelines.tar_index import ShardIndex, index_shard
 
 __all__ = [
@@ -107,7 +107,7 @@ class Manifest:
             FileNotFoundError: there is no manifest.
             ValueError: the manifest holds no samples.
         """
-        path = Path(path).absolute()
+        path = local_folder(path)
         table_path = path / "shards.parquet"
         if not table_path.is_file():
             raise FileNotFoundError(
@@ -228,7 +228,7 @@ def write_manifest(
         ValueError: no samples, a shard twice, or more than max_skipped_fraction of the samples
             cannot be used.
     """
-    path = Path(path).absolute()
+    path = local_folder(path)
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise FileExistsError(f"{path}: exists already; remove it or write the manifest elsewhere")
     unfinished = path.with_name(f".{path.name}.{secrets.token_hex(4)}")

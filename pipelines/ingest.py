@@ -79,13 +79,18 @@ class StepRows:
     rows: list[PackedRow]
 
 
-def load_step(plan: Plan, step: int) -> list[PackedRow]:
-    """Read, decode and pack the samples of one global step, in the calling process."""
+def load_step(plan: Plan, step: int, worker: int = 0, num_workers: int = 1) -> list[PackedRow]:
+    """Read, decode and pack one worker's rows of a global step, in the calling process."""
     planned, index = plan.step(step), plan.stage_index(step)
+    rows = planned.rows[worker::num_workers]
+    # Every worker takes part in every collective: one that has no row gets an empty one.
+    rows += [[]] * (-(-len(planned.rows) // num_workers) - len(rows))
+    place = {sample_id: i for i, sample_id in enumerate(planned.records.sample_id.tolist())}
+    mine = sorted({place[view.sample_id] for row in rows for view in row})
     return load_rows(
         plan.manifest,
-        planned.records,
-        planned.rows,
+        planned.records.take(mine),
+        rows,
         step=step,
         patch_size=plan.patch_size,
         row_tokens=plan.data.row_tokens,
@@ -157,13 +162,17 @@ def training_dataset(plan: Plan, first_step: int, num_workers: int) -> Any:
     """
     import ray.data
 
-    tasks = _tasks(plan, first_step)
+    # Computed once here, it travels with the plan; otherwise every task would compute it again.
+    assert plan.row_shapes
+    tasks = _tasks(plan, first_step, num_workers)
     num_tasks = len(tasks)
 
     def load(batch: dict[str, NDArray[np.int64]]) -> Iterator[dict[str, NDArray[Any]]]:
-        for task in batch["id"].tolist():
-            steps = [load_step(plan, step) for step in tasks[task]]
-            yield from _records_of_workers(steps, num_workers)
+        for number in batch["id"].tolist():
+            steps, workers = tasks[number]
+            for worker in workers:
+                rows = [load_step(plan, step, worker, num_workers) for step in steps]
+                yield _record([row for of_step in rows for row in of_step])
 
     dataset = ray.data.range(num_tasks, override_num_blocks=min(num_tasks, _MAX_INPUT_BLOCKS))
     if num_tasks > _MAX_INPUT_BLOCKS:
@@ -176,14 +185,24 @@ def training_dataset(plan: Plan, first_step: int, num_workers: int) -> Any:
     return dataset
 
 
-def _tasks(plan: Plan, first_step: int) -> list[range]:
-    """Cut the remaining steps into tasks; the rows of a task are of one stage and one shape."""
-    tasks, end = [], 0
+def _tasks(plan: Plan, first_step: int, num_workers: int) -> list[tuple[range, range]]:
+    """Cut the remaining steps into tasks: (steps, workers), in the order of their records.
+
+    A task holds at most about _IMAGES_PER_TASK images, or one worker's part of one step; its rows
+    are of one stage, and so of one shape.
+    """
+    tasks: list[tuple[range, range]] = []
+    end = 0
     for stage in plan.stages:
         start, end = end, end + stage.steps
         size = max(1, _IMAGES_PER_TASK // stage.images_per_step)
-        first = max(start, first_step)
-        tasks += [range(step, min(step + size, end)) for step in range(first, end, size)]
+        together = num_workers if stage.images_per_step <= _IMAGES_PER_TASK else 1
+        for step in range(max(start, first_step), end, size):
+            steps = range(step, min(step + size, end))
+            tasks += [
+                (steps, range(worker, worker + together))
+                for worker in range(0, num_workers, together)
+            ]
     return tasks
 
 
@@ -194,25 +213,17 @@ def execution_options() -> Any:
     return ExecutionOptions(preserve_order=True)
 
 
-def _records_of_workers(
-    steps: list[list[PackedRow]], num_workers: int
-) -> Iterator[dict[str, NDArray[Any]]]:
-    for worker in range(num_workers):
-        mine: list[PackedRow] = []
-        for rows in steps:
-            taken = rows[worker::num_workers]
-            # Every worker takes part in every collective: one that has no row gets an empty one.
-            missing = -(-len(rows) // num_workers) - len(taken)
-            mine += taken + [empty_row(rows[0])] * missing
-        texts = [json.dumps({"keys": row.keys, "skipped": row.skipped}) for row in mine]
-        yield {
-            "step": np.array([[row.step for row in mine]]),
-            "patches": np.stack([row.patches for row in mine])[None],
-            "image_size": np.stack([row.image_size for row in mine])[None].astype(np.int32),
-            "tile_position": np.stack([row.tile_position for row in mine])[None],
-            "max_seqlen": np.array([[row.max_seqlen for row in mine]]),
-            "texts": np.array([json.dumps(texts)]),
-        }
+def _record(rows: list[PackedRow]) -> dict[str, NDArray[Any]]:
+    """Return one record of the dataset: one worker's rows of the steps of a task."""
+    texts = [json.dumps({"keys": row.keys, "skipped": row.skipped}) for row in rows]
+    return {
+        "step": np.array([[row.step for row in rows]]),
+        "patches": np.stack([row.patches for row in rows])[None],
+        "image_size": np.stack([row.image_size for row in rows])[None],
+        "tile_position": np.stack([row.tile_position for row in rows])[None],
+        "max_seqlen": np.array([[row.max_seqlen for row in rows]]),
+        "texts": np.array([json.dumps(texts)]),
+    }
 
 
 def empty_row(row: PackedRow) -> PackedRow:

@@ -81,6 +81,8 @@ class RunConfig:
             raise ValueError(f"name={self.name!r} must be a plain name: it becomes a folder")
         if self.num_workers < 1:
             raise ValueError(f"num_workers={self.num_workers} must be at least 1")
+        if self.keep_checkpoints < 1:
+            raise ValueError(f"keep_checkpoints={self.keep_checkpoints} must be at least 1")
         if min(self.log_every, self.evaluate_every, self.checkpoint_every) < 1:
             raise ValueError("log_every, evaluate_every and checkpoint_every must be at least 1")
         if self.compute_dtype not in ("bfloat16", "float32"):
@@ -356,6 +358,12 @@ def launch(
         # Called at every start of the worker group, with the checkpoint that it will restore.
         return ingest.training_dataset(plan, next_step(folder), run.num_workers)
 
+    check_resources(
+        # One more core reads and decodes: without it no data would ever come.
+        num_cpus=run.num_workers * run.cpus_per_worker + 1,
+        num_gpus=run.num_workers * run.use_gpu,
+        remedy="lower run.num_workers or run.cpus_per_worker, or set run.use_gpu to False",
+    )
     first_step = next_step(folder)
     with progress_bar("train", plan.num_steps, "step", first_step) as board:
         trainer = TorchTrainer(
@@ -387,6 +395,26 @@ def launch(
             raise RuntimeError(
                 f"the training stopped after step {next_step(folder)}: {root_cause(error)}"
             ) from error
+    if next_step(folder) < plan.num_steps:
+        raise RuntimeError(
+            f"the training ended after step {next_step(folder)} of {plan.num_steps}, without an "
+            "error; start it again to go on"
+        )
+
+
+def check_resources(num_cpus: float, num_gpus: float, remedy: str) -> None:
+    """Refuse a job for which the connected cluster is too small: Ray would wait for ever.
+
+    Raises:
+        RuntimeError: says what is asked for, what is there, and the remedy.
+    """
+    offered = ray.cluster_resources()
+    for name, asked in (("CPU", num_cpus), ("GPU", num_gpus)):
+        if asked > offered.get(name, 0):
+            raise RuntimeError(
+                f"the job asks for {asked:g} {name}s, the cluster has {offered.get(name, 0):g}; "
+                f"{remedy}"
+            )
 
 
 @contextmanager
@@ -409,12 +437,14 @@ def _own_interrupts() -> Iterator[None]:
 def claim_folder(settings: Any) -> None:
     """Write a run's config into its folder, or check that the run that is there has the same.
 
+    A run without a checkpoint has nothing to lose, and takes the new config.
+
     Raises:
         ValueError: a run of this name has another config; the differences are listed.
     """
     folder: Folder = settings.run.folder
     text = folder.read_text(CONFIG_FILE)
-    if text is None:
+    if text is None or latest_checkpoint(folder) is None:
         folder.write_text(CONFIG_FILE, json.dumps(to_dict(settings), indent=2) + "\n")
         return
     before = parse_json(type(settings), text, f"{folder.uri}/{CONFIG_FILE}")

@@ -79,6 +79,8 @@ class Stage:
             raise ValueError(
                 f"steps={self.steps} and images_per_step={self.images_per_step} must be at least 1"
             )
+        if self.rows_per_step < 0:
+            raise ValueError(f"rows_per_step={self.rows_per_step} must be positive, or 0")
         if not self.token_budgets or min(self.token_budgets) < 1:
             raise ValueError(f"token_budgets={self.token_budgets} must be positive numbers")
 
@@ -143,6 +145,8 @@ class Plan:
     seed: int
 
     def __post_init__(self) -> None:
+        if not self.stages:
+            raise ValueError("stages is empty; a training needs at least one")
         for stage in self.stages:
             if max(stage.token_budgets) > self.data.row_tokens:
                 raise ValueError(

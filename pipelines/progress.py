@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from tqdm import tqdm
 
 _POLL_S = 0.5
@@ -43,13 +44,15 @@ class ProgressBoard:
 @contextmanager
 def progress_bar(title: str, total: int, unit: str, done: int = 0) -> Iterator[Any]:
     """Draw a bar while the body runs; gives the ProgressBoard to hand to remote work."""
-    board = ProgressBoard.remote(done, "starting workers")  # type: ignore[attr-defined]
+    # On the node of the command, so that both live equally long.
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    board = ProgressBoard.options(scheduling_strategy=here).remote(done, "starting workers")  # type: ignore[attr-defined]
     finished = threading.Event()
     # A log file gets a line now and then, a terminal a bar that moves.
     interval_s = _POLL_S if sys.stderr.isatty() else 10.0
 
     def draw(bar: Any) -> None:
-        count, status, messages = ray.get(board.read.remote())
+        count, status, messages = ray.get(board.read.remote(), timeout=10)
         for message in messages:
             tqdm.write(message, file=sys.stderr)
         bar.set_postfix_str(status, refresh=False)

@@ -143,7 +143,13 @@ def evaluate_on_all_ranks(
 
 
 def summarize(results: Sequence[ImageResult]) -> dict[str, float]:
-    """Return the means over images that trackers and tables show."""
+    """Return the means over images that trackers and tables show.
+
+    Raises:
+        ValueError: there are no results.
+    """
+    if not results:
+        raise ValueError("no held-out image is readable; check the manifest's shards")
     return {
         "eval_psnr": fmean(result.psnr for result in results),
         "eval_ssim": fmean(result.ssim for result in results),

@@ -71,6 +71,20 @@ def open_shard(uri: str) -> BinaryIO | pa.NativeFile:
     return filesystem.open_input_file(path)
 
 
+def local_folder(location: str | Path) -> Path:
+    """Return a folder on a disk of this machine as an absolute path.
+
+    Raises:
+        ValueError: it is a location in an object store.
+    """
+    if is_remote(str(location)):
+        raise ValueError(
+            f"{location} is not a local folder, which is needed here; use one on a disk, on a "
+            "cluster one that all nodes share"
+        )
+    return Path(location).expanduser().absolute()
+
+
 def is_remote(uri: str) -> bool:
     """Whether a URI names anything but a local path."""
     return re.match(r"[A-Za-z][A-Za-z0-9+.-]*://", uri) is not None

@@ -1,5 +1,6 @@
 """Folders on a local disk or in an object store, and the small files in them."""
 
+import uuid
 from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import unquote
@@ -74,7 +75,7 @@ class Folder:
                 stream.write(data)
             return
         filesystem.create_dir(path.rsplit("/", 1)[0], recursive=True)
-        unfinished = f"{path}.part"
+        unfinished = f"{path}.{uuid.uuid4().hex}.part"
         with filesystem.open_output_stream(unfinished) as stream:
             stream.write(data)
         filesystem.move(unfinished, path)

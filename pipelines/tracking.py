@@ -6,6 +6,7 @@ driver and on rank 0, not in every worker.
 
 import json
 import logging
+import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -67,6 +68,7 @@ class Tracker:
     def __init__(self, uri: str, run_id: str) -> None:
         from mlflow.tracking import MlflowClient
 
+        _bound_waiting()
         self.uri = uri
         self.run_id = run_id
         self._client = MlflowClient(uri)
@@ -127,6 +129,7 @@ def open_run(
     from mlflow.entities import Param
     from mlflow.tracking import MlflowClient
 
+    _bound_waiting()
     logging.getLogger("mlflow").setLevel(logging.WARNING)
     logging.getLogger("alembic").setLevel(logging.WARNING)
     uri = tracking_uri(tracking, storage)
@@ -168,6 +171,12 @@ def _experiment(client: Any, uri: str, name: str, storage: str) -> str:
     tags = {"mlflow.experimentKind": "custom_model_development"}
     location = artifacts.as_uri() if artifacts else None
     return str(client.create_experiment(name, artifact_location=location, tags=tags))
+
+
+def _bound_waiting() -> None:
+    """Give a server that is away seconds, not the minutes that MLflow's own retries take."""
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
 
 
 @contextmanager

@@ -68,6 +68,10 @@ class AutoencoderTraining:
     eval_images: int = 64
     seed: int = 0
 
+    def __post_init__(self) -> None:
+        if self.eval_images < 1:
+            raise ValueError(f"eval_images={self.eval_images} must be at least 1")
+
 
 def run_training(settings: AutoencoderTraining) -> Folder:
     """Train on the connected Ray cluster, or continue the run of this name, and export weights.

@@ -24,7 +24,12 @@ def test_attention_benchmark_ends_with_its_figures_as_json(
     assert figures.pop("machine")
     assert set(figures) == {
         f"{candidate}_{part}_ms"
-        for candidate in ("per_image_explicit", "per_image_sdpa", "padded_sdpa")
+        for candidate in (
+            "per_image_explicit",
+            "per_image_sdpa",
+            "length_groups_sdpa",
+            "padded_sdpa",
+        )
         for part in ("forward", "backward")
     }
     assert all(milliseconds > 0 for milliseconds in figures.values())

@@ -318,7 +318,7 @@ def test_file_that_is_no_image_is_named(vitok, tiny_weights: Path, tmp_path: Pat
         sentence = complaint(vitok("reconstruct", tmp_path / name, "--model", tiny_weights))
         assert sentence.startswith(f"{tmp_path / name}: {expected}")
     sentence = complaint(vitok("reconstruct", "nothing-*.jpg", "--model", tiny_weights))
-    assert sentence == "nothing-*.jpg names no file; give image files, folders or globs"
+    assert sentence == "nothing-*.jpg names no image; give image files, folders or globs"
     sentence = complaint(vitok("reconstruct", "--model", tiny_weights), status=2)
     assert "give image files, folders or globs" in sentence
 

@@ -50,15 +50,19 @@ def consume(plan: Plan, first_step: int, num_workers: int) -> list[list[ingest.S
     return steps
 
 
-@pytest.mark.parametrize(("num_workers", "first_step"), [(1, 0), (2, 5), (4, 0), (8, 9)])
+@pytest.mark.parametrize(
+    ("num_workers", "first_step", "images_per_task"),
+    [(1, 0, 16), (2, 5, 16), (4, 0, 4), (8, 9, 7)],  # several steps a task, and parts of one
+)
 def test_every_step_has_the_planned_keys_in_order_on_any_number_of_workers(
     ray_cluster: None,
     plan: Plan,
     num_workers: int,
     first_step: int,
+    images_per_task: int,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(ingest, "_IMAGES_PER_TASK", 16)
+    monkeypatch.setattr(ingest, "_IMAGES_PER_TASK", images_per_task)
     arrived = consume(plan, first_step, num_workers)
     for worker_steps in arrived:
         assert [step.step for step in worker_steps] == list(range(first_step, plan.num_steps))
@@ -84,8 +88,7 @@ def test_small_tasks_come_out_of_large_input_blocks_in_order(
 
 
 def test_a_step_out_of_turn_is_refused(plan: Plan) -> None:
-    rows = [ingest.load_step(plan, step) for step in (2, 3)]
-    records = list(ingest._records_of_workers(rows, 1))
+    records = [ingest._record(ingest.load_step(plan, step)) for step in (2, 3)]
     assert [step.step for step in ingest.iterate_steps(records, 2)] == [2, 3]
     with pytest.raises(RuntimeError, match="data of step 2 arrived where step 1 was due"):
         list(ingest.iterate_steps(records, 1))

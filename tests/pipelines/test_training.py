@@ -195,9 +195,16 @@ def test_run_name_with_another_config_is_refused_with_the_difference(
     tiny_training: AutoencoderTraining,
 ) -> None:
     prepare(tiny_training)
+    _pretend_checkpoint(tiny_training)
     prepare(replace(tiny_training, run=replace(tiny_training.run, num_workers=1)))
     with pytest.raises(ValueError, match=r"has another config \(optim\.lr: 0\.003 -> 0\.1\)"):
         prepare(replace(tiny_training, optim=replace(tiny_training.optim, lr=0.1)))
+
+
+def _pretend_checkpoint(settings: AutoencoderTraining) -> None:
+    latest = {"checkpoint_dir_name": "step-00000002", "metrics": {"cursor": {"step": 2}}}
+    record = {"latest_checkpoint_result": latest}
+    settings.run.folder.write_text("checkpoint_manager_snapshot.json", json.dumps(record))
 
 
 def test_too_many_unreadable_samples_stop_the_run_and_are_named(
@@ -258,3 +265,35 @@ def test_half_written_checkpoint_is_never_chosen(tiny_training: AutoencoderTrain
     assert next_step(folder) == 0
     with pytest.raises(FileNotFoundError, match="no complete checkpoint yet"):
         load_autoencoder(folder.uri)
+
+
+def test_shard_that_is_gone_is_named(
+    ray_cluster: None, tiny_training: AutoencoderTraining, tmp_path: Path
+) -> None:
+    settings = replace(
+        tiny_training,
+        data=replace(
+            tiny_training.data,
+            manifest=str(_damaged_manifest(tiny_training, tmp_path)),
+            eval_manifest="",
+        ),
+        run=replace(tiny_training.run, max_failures=0),
+    )
+    (shard,) = (tmp_path / "damaged").glob("*.tar")
+    shard.unlink()
+    with pytest.raises(RuntimeError, match=rf"after step 0: .*{shard.name}"):
+        run_training(prepare(settings))
+
+
+def test_cluster_that_is_too_small_is_refused_at_once(
+    ray_cluster: None, tiny_training: AutoencoderTraining
+) -> None:
+    settings = replace(tiny_training, run=replace(tiny_training.run, cpus_per_worker=50.0))
+    with pytest.raises(RuntimeError, match="asks for 101 CPUs, the cluster has 4; lower run"):
+        run_training(prepare(settings))
+
+
+def test_config_may_change_until_there_is_a_checkpoint(tiny_training: AutoencoderTraining) -> None:
+    prepare(tiny_training)
+    changed = prepare(replace(tiny_training, seed=5))
+    assert read_settings(changed.run.folder).seed == 5
