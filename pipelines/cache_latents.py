@@ -12,6 +12,7 @@ from pipelines.corpus import Manifest
 from pipelines.ingest import PackedRow, load_rows
 from pipelines.latents import (
     DTYPES,
+    UNITS,
     CacheIdentity,
     LatentManifest,
     LatentRow,
@@ -128,6 +129,7 @@ def cache_latents(settings: LatentCaching) -> LatentManifest:
             )
             for _ in results.iter_batches(batch_size=None):
                 pass
+    cache.child(UNITS).remove_unfinished()
     records = [read_record(cache, name) for name in names]
     skipped = [
         (source.uris[unit.shard], *entry)

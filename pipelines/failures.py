@@ -10,4 +10,6 @@ def root_cause(error: BaseException) -> str:
         inner = getattr(error, name, None)
         if isinstance(inner, BaseException):
             return root_cause(inner)
-    return str(error).strip() or type(error).__name__
+    # Ray Data adds advice on its retries, which are not what the reader has to do.
+    message = str(error).split("\nFailed to apply UDF transform")[0]
+    return message.strip() or type(error).__name__

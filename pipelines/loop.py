@@ -135,18 +135,27 @@ def fit(
     """
     rank, world_size = dist.get_rank(), dist.get_world_size()
     device = ray.train.torch.get_device()
+    model.to(device)
+    for parameter in model.parameters():
+        # Ranks on other processors may have rounded their start differently.
+        dist.broadcast(parameter.data, src=0)
     shard_model(
-        model.to(device),
+        model,
         init_device_mesh(device.type, (world_size,)),
         getattr(torch, run.compute_dtype),
     )
     optimizer = build_optimizer(model, optim)
     state = TrainState(model, optimizer)
-    progress = {"cursor": plan.cursor(0), "skipped": 0}
+    progress = {"cursor": plan.cursor(0), "skipped": 0, "manifest": plan.manifest.digest}
     checkpoint = ray.train.get_checkpoint()
     if checkpoint is not None:
         with checkpoint.as_directory() as folder:
             progress = state.load(Path(folder))
+        if progress["manifest"] != plan.manifest.digest:
+            raise ValueError(
+                f"{plan.manifest.path} has changed since the run's last checkpoint, and with it "
+                "the order of samples; restore the manifest, or choose another run.name"
+            )
     first_step = progress["cursor"]["step"]
     # What a killed attempt logged after its last checkpoint is not logged twice.
     logged = tracker.last_step("loss") if tracker else -1
@@ -159,9 +168,9 @@ def fit(
         for group in optimizer.param_groups:
             seen = (plan.images_before(step) + plan.images_before(done)) / 2
             group["lr"] = learning_rate(optim, seen / total_images)
-        sums, totals = _accumulate(model, step_fn, batch.rows, device)
+        sums, totals, row_losses = _accumulate(model, step_fn, batch.rows, device)
         num_images, num_tokens, num_skipped = (int(total) for total in totals)
-        progress = {
+        progress |= {
             "cursor": plan.cursor(done),
             "skipped": progress["skipped"] + num_skipped,
         }
@@ -169,10 +178,9 @@ def fit(
         _check_unreadable(progress["skipped"], plan, done, batch.rows)
         grad_norm = _scale_and_clip(model, world_size / max(1, num_images), optim.clip_norm)
         if not math.isfinite(grad_norm):
-            keys = [key for row in batch.rows for key in row.keys]
             raise FloatingPointError(
                 f"step {step}: the gradient's norm is {grad_norm}; the optimizer has not moved. "
-                f"Samples of rank {rank}: {', '.join(keys[:50])}"
+                f"{_describe_suspects(batch.rows, row_losses)}"
             )
         optimizer.step()
         optimizer.zero_grad()
@@ -271,12 +279,14 @@ def _timed(steps: Iterator[ingest.StepRows], meter: Meter) -> Iterator[ingest.St
 
 def _accumulate(
     model: nn.Module, step_fn: StepFn, rows: list[ingest.PackedRow], device: torch.device
-) -> tuple[dict[str, float], list[float]]:
+) -> tuple[dict[str, float], list[float], list[Tensor]]:
     """Run forward and backward over this worker's rows.
 
     Returns:
-        loss sums by name, and [images, tokens, skipped samples], all over all workers.
+        loss sums by name, and [images, tokens, skipped samples], all over all workers; and the
+        loss of each row of this worker.
     """
+    row_losses: list[Tensor] = []
     sums: dict[str, Tensor] = {}
     counts = torch.zeros(3, dtype=torch.float64, device=device)
     for index, row in enumerate(rows):
@@ -284,13 +294,30 @@ def _accumulate(
         model.set_requires_gradient_sync(index == len(rows) - 1)  # type: ignore[operator]
         terms = step_fn(model, row, device)
         terms["loss"].backward()
+        row_losses.append(terms["loss"].detach())
         for name, value in terms.items():
             sums[name] = sums.get(name, 0.0) + value.detach().double()
         counts += torch.tensor([len(row.keys), row.num_tokens, len(row.skipped)], device=device)
     packed = torch.cat([counts, torch.stack(list(sums.values()))])
     dist.all_reduce(packed)
     values = packed.tolist()
-    return dict(zip(sums, values[3:], strict=True)), values[:3]
+    return dict(zip(sums, values[3:], strict=True)), values[:3], row_losses
+
+
+def _describe_suspects(rows: list[ingest.PackedRow], row_losses: list[Tensor]) -> str:
+    """Name the samples of the rows, on all ranks, whose loss is not finite."""
+    mine = [
+        key
+        for row, loss in zip(rows, row_losses, strict=True)
+        if not math.isfinite(loss.item())
+        for key in row.keys
+    ]
+    gathered: list[list[str]] = [[] for _ in range(dist.get_world_size())]
+    dist.all_gather_object(gathered, mine)
+    suspects = [key for keys in gathered for key in keys]
+    if not suspects:
+        return "Every row's loss is finite; lower the learning rate"
+    return f"Rows with a loss that is not finite hold {', '.join(suspects[:50])}"
 
 
 def _scale_and_clip(model: nn.Module, scale: float, clip_norm: float) -> float:

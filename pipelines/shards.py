@@ -59,16 +59,26 @@ def _matching_shards(name: str, pattern: str) -> list[str]:
 
 
 def open_shard(uri: str) -> BinaryIO | pa.NativeFile:
-    """Open a shard for seeking and reading: a local path, or a URI that pyarrow.fs knows."""
-    if not is_remote(uri):
-        return Path(uri).open("rb")
+    """Open a shard for seeking and reading: a local path, or a URI that pyarrow.fs knows.
+
+    Raises:
+        OSError: it cannot be opened; the shard is named.
+        ValueError: the URI is of no known kind.
+    """
     try:
+        if not is_remote(uri):
+            return Path(uri).open("rb")
         filesystem, path = fs.FileSystem.from_uri(uri)
+        return filesystem.open_input_file(path)
     except pa.ArrowInvalid as error:
         raise ValueError(
             f"{uri}: no way to read this URI ({error}); use s3:// or a path"
         ) from error
-    return filesystem.open_input_file(path)
+    except OSError as error:
+        raise OSError(
+            f"{uri}: this shard cannot be opened ({error.strerror or error}); bring it back, or "
+            "index the shards that are there"
+        ) from error
 
 
 def local_folder(location: str | Path) -> Path:

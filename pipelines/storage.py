@@ -84,6 +84,13 @@ class Folder:
         """Write a small text file, as write_bytes does."""
         self.write_bytes(name, text.encode())
 
+    def remove_unfinished(self) -> None:
+        """Delete what writers that died in the middle left in a local folder."""
+        for name in self.names():
+            if name.endswith(".part"):
+                filesystem, path = self._locate(name)
+                filesystem.delete_file(path)
+
     def download(self, target: Path) -> Path:
         """Copy all files of the folder into a local one; a local folder is used where it is."""
         if self.is_local:

@@ -464,4 +464,4 @@ def test_interrupted_command_says_how_to_go_on(vitok, monkeypatch: pytest.Monkey
         raise KeyboardInterrupt
 
     monkeypatch.setitem(COMMANDS, "train", interrupted)
-    assert "goes on from the last checkpoint" in complaint(vitok("train"), status=130)
+    assert "what is finished is kept" in complaint(vitok("train"), status=130)

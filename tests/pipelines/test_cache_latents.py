@@ -132,6 +132,7 @@ def test_cache_of_another_transform_or_encoder_is_refused(
     from pipelines import cache_latents as module
 
     identity = module.identity_of(caching)
+    module.claim_cache(module.Folder.of(caching.out), identity)
     assert identity.transform.token_budget == BUDGET
     claimed = files_of(caching.out)
     assert list(claimed) == ["cache.json"]

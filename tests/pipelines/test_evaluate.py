@@ -146,7 +146,7 @@ def test_unreadable_images_are_listed_and_the_others_judged(
 
     alone = write_shards([samples[2]], tmp_path / "alone", "damaged", 1)
     nothing = build_manifest(alone, tmp_path / "nothing")
-    with pytest.raises(ValueError, match="holds no readable image"):
+    with pytest.raises(ValueError, match="no held-out image is readable"):
         evaluate_model(
             EvaluationConfig(model=settings.model, manifest=str(nothing.path), out=settings.out)
         )

@@ -297,3 +297,20 @@ def test_config_may_change_until_there_is_a_checkpoint(tiny_training: Autoencode
     prepare(tiny_training)
     changed = prepare(replace(tiny_training, seed=5))
     assert read_settings(changed.run.folder).seed == 5
+
+
+def test_gradient_that_is_not_finite_stops_before_the_optimizer_and_names_the_samples(
+    ray_cluster: None, tiny_training: AutoencoderTraining
+) -> None:
+    settings = replace(
+        tiny_training,
+        # Above the largest float32, the first step's weighted loss is infinite.
+        loss=replace(tiny_training.loss, charbonnier=3e38, ssim=3e38),
+        run=replace(tiny_training.run, max_failures=0),
+    )
+    first_keys = load_step(plan_of(settings), 0)[0].keys
+    with pytest.raises(RuntimeError, match=r"step 0: the gradient's norm is (nan|inf)") as error:
+        run_training(prepare(settings))
+    assert "the optimizer has not moved" in str(error.value)
+    assert first_keys[0] in str(error.value)
+    assert history(settings.run, "loss") == []
