@@ -14,7 +14,7 @@ from jobs.sample_corpus import make_sample_corpus
 from pipelines.cache_latents import LatentCaching, cache_latents
 from pipelines.evaluate import EvaluationConfig, evaluate_model
 from pipelines.latents import LatentCache, LatentRow
-from pipelines.loop import next_step
+from pipelines.runs import next_step
 from pipelines.shards import local_folder
 from pipelines.tracking import Tracker, open_run
 from pipelines.train_autoencoder import (

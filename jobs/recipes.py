@@ -6,8 +6,8 @@ Every field can be changed on the command line; a variant in code derives with `
 from collections.abc import Callable
 from dataclasses import replace
 
-from pipelines.loop import RunConfig
 from pipelines.plan import DataConfig, Stage
+from pipelines.runs import RunConfig
 from pipelines.tracking import TrackingConfig
 from pipelines.train_autoencoder import AutoencoderTraining
 from vitok.autoencoder import AutoencoderConfig

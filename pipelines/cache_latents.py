@@ -23,7 +23,7 @@ from pipelines.latents import (
     write_manifest,
     write_unit,
 )
-from pipelines.loop import check_resources
+from pipelines.launch import check_resources
 from pipelines.packing import pack_best_fit
 from pipelines.plan import whole_view
 from pipelines.progress import progress_bar

@@ -1,97 +1,36 @@
-"""fit(): the training loop of every training. launch(): what puts it on a Ray cluster."""
+"""fit(): the training loop of every training, as each Ray Train worker runs it."""
 
-import json
 import logging
 import math
-import signal
 import tempfile
-import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import ray
 import ray.train
+import ray.train.torch
 import torch
 import torch.distributed as dist
 from numpy.typing import NDArray
-from ray.train.torch import TorchTrainer
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 
 from pipelines import ingest
-from pipelines.failures import root_cause
 from pipelines.plan import Plan
-from pipelines.progress import progress_bar
-from pipelines.storage import Folder
-from pipelines.tracking import Tracker, TrackingConfig
+from pipelines.runs import RunConfig
+from pipelines.tracking import Tracker
 from vitok.checkpoint import TrainState
-from vitok.config import config, describe_difference, parse_json, to_dict
 from vitok.optim import OptimConfig, build_optimizer, learning_rate
 from vitok.parallel import shard_model
 
 logger = logging.getLogger(__name__)
 
-CONFIG_FILE = "config.json"
-# Ray Train's own record of what was committed: a checkpoint that it does not name is half-written.
-_SNAPSHOT_FILE = "checkpoint_manager_snapshot.json"
 # So many samples may be unreadable before the fraction is judged; it says little of a short run.
 _UNREADABLE_GRACE = 1000
-
-
-@config
-class RunConfig:
-    """How and where a training runs; nothing here changes what is learned.
-
-    Attributes:
-        name: the same name continues the same run.
-        storage: folder or `s3://` prefix that holds runs.
-        num_workers: training processes, one for each GPU.
-        cpus_per_worker: CPU cores that Ray sets aside for each of them.
-        use_gpu: train on GPUs.
-        compute_dtype: of matrix products; master weights and reductions are float32.
-        log_every: steps between two records of rates and norms; the last step has one too.
-        evaluate_every: steps between two evaluations; the last step has one too.
-        checkpoint_every: steps between two checkpoints; the last step has one too.
-        keep_checkpoints: older ones are deleted.
-        max_failures: worker failures after which the run gives up.
-        tracking: the MLflow run.
-    """
-
-    name: str
-    storage: str = "runs"
-    num_workers: int = 8
-    cpus_per_worker: float = 8.0
-    use_gpu: bool = True
-    compute_dtype: str = "bfloat16"
-    log_every: int = 10
-    evaluate_every: int = 5000
-    checkpoint_every: int = 1000
-    keep_checkpoints: int = 3
-    max_failures: int = 3
-    tracking: TrackingConfig = TrackingConfig()
-
-    def __post_init__(self) -> None:
-        if not self.name or "/" in self.name:
-            raise ValueError(f"name={self.name!r} must be a plain name: it becomes a folder")
-        if self.num_workers < 1:
-            raise ValueError(f"num_workers={self.num_workers} must be at least 1")
-        if self.keep_checkpoints < 1:
-            raise ValueError(f"keep_checkpoints={self.keep_checkpoints} must be at least 1")
-        if min(self.log_every, self.evaluate_every, self.checkpoint_every) < 1:
-            raise ValueError("log_every, evaluate_every and checkpoint_every must be at least 1")
-        if self.compute_dtype not in ("bfloat16", "float32"):
-            raise ValueError(f"compute_dtype={self.compute_dtype!r} must be bfloat16 or float32")
-
-    @property
-    def folder(self) -> Folder:
-        """The run's folder: its config, its checkpoints, its export."""
-        return Folder.of(self.storage, self.name)
 
 
 @dataclass(frozen=True)
@@ -361,141 +300,3 @@ def _save_checkpoint(
             checkpoint=ray.train.Checkpoint.from_directory(folder),
             checkpoint_dir_name=f"step-{done:08d}",
         )
-
-
-def launch(
-    worker: Callable[[dict[str, Any]], None], settings: Any, plan: Plan, tracker: Tracker
-) -> None:
-    """Run a training on the connected Ray cluster until it is done; called in the driver.
-
-    Args:
-        worker: what every Ray Train worker runs; it is given {"settings", "tracking", "board"}
-            and calls fit().
-        settings: the training's config, with a RunConfig as `run`.
-
-    Raises:
-        RuntimeError: the workers failed more often than max_failures; says why.
-    """
-    run: RunConfig = settings.run
-    folder = run.folder
-    if next_step(folder) >= plan.num_steps:
-        return
-
-    def remaining() -> Any:
-        # Called at every start of the worker group, with the checkpoint that it will restore.
-        return ingest.training_dataset(plan, next_step(folder), run.num_workers)
-
-    check_resources(
-        # One more core reads and decodes: without it no data would ever come.
-        num_cpus=run.num_workers * run.cpus_per_worker + 1,
-        num_gpus=run.num_workers * run.use_gpu,
-        remedy="lower run.num_workers or run.cpus_per_worker, or set run.use_gpu to False",
-    )
-    first_step = next_step(folder)
-    with progress_bar("train", plan.num_steps, "step", first_step) as board:
-        trainer = TorchTrainer(
-            worker,
-            train_loop_config={
-                "settings": settings,
-                "tracking": {"uri": tracker.uri, "run_id": tracker.run_id},
-                "board": board,
-            },
-            scaling_config=ray.train.ScalingConfig(
-                num_workers=run.num_workers,
-                use_gpu=run.use_gpu,
-                resources_per_worker={"CPU": run.cpus_per_worker}
-                | ({"GPU": 1} if run.use_gpu else {}),
-            ),
-            run_config=ray.train.RunConfig(
-                name=run.name,
-                storage_path=Folder.of(run.storage).uri,
-                checkpoint_config=ray.train.CheckpointConfig(num_to_keep=run.keep_checkpoints),
-                failure_config=ray.train.FailureConfig(max_failures=run.max_failures),
-            ),
-            datasets={"train": remaining},
-            dataset_config=ray.train.DataConfig(execution_options=ingest.execution_options()),
-        )
-        try:
-            with _own_interrupts():
-                trainer.fit()
-        except ray.train.TrainingFailedError as error:
-            raise RuntimeError(
-                f"the training stopped after step {next_step(folder)}: {root_cause(error)}"
-            ) from error
-    if next_step(folder) < plan.num_steps:
-        raise RuntimeError(
-            f"the training ended after step {next_step(folder)} of {plan.num_steps}, without an "
-            "error; start it again to go on"
-        )
-
-
-def check_resources(num_cpus: float, num_gpus: float, remedy: str) -> None:
-    """Refuse a job for which the connected cluster is too small: Ray would wait for ever.
-
-    Raises:
-        RuntimeError: says what is asked for, what is there, and the remedy.
-    """
-    offered = ray.cluster_resources()
-    for name, asked in (("CPU", num_cpus), ("GPU", num_gpus)):
-        if asked > offered.get(name, 0):
-            raise RuntimeError(
-                f"the job asks for {asked:g} {name}s, the cluster has {offered.get(name, 0):g}; "
-                f"{remedy}"
-            )
-
-
-@contextmanager
-def _own_interrupts() -> Iterator[None]:
-    """Make Ctrl-C during a training a KeyboardInterrupt, and nothing else after it.
-
-    Ray Train takes over SIGINT, aborts its workers, exits with SystemExit, and leaves its handler.
-    """
-    in_main_thread = threading.current_thread() is threading.main_thread()
-    before = signal.getsignal(signal.SIGINT)
-    try:
-        yield
-    except SystemExit as error:
-        raise KeyboardInterrupt from error
-    finally:
-        if in_main_thread:
-            signal.signal(signal.SIGINT, before)
-
-
-def claim_folder(settings: Any) -> None:
-    """Write a run's config into its folder, or check that the run that is there has the same.
-
-    A run without a checkpoint has nothing to lose, and takes the new config.
-
-    Raises:
-        ValueError: a run of this name has another config; the differences are listed.
-    """
-    folder: Folder = settings.run.folder
-    text = folder.read_text(CONFIG_FILE)
-    if text is None or latest_checkpoint(folder) is None:
-        folder.write_text(CONFIG_FILE, json.dumps(to_dict(settings), indent=2) + "\n")
-        return
-    before = parse_json(type(settings), text, f"{folder.uri}/{CONFIG_FILE}")
-    differences = [
-        line for line in describe_difference(before, settings) if not line.startswith("run.")
-    ]
-    if differences:
-        raise ValueError(
-            f"the run {settings.run.name!r} in {folder.uri} has another config "
-            f"({'; '.join(differences)}); choose another run.name, or undo the change to go on"
-        )
-
-
-def latest_checkpoint(folder: Folder) -> tuple[Folder, dict[str, Any]] | None:
-    """Return a run's newest complete checkpoint and the metrics reported with it, if any.
-
-    It is the one that `ray.train.get_checkpoint()` gives to a restarted worker.
-    """
-    text = folder.read_text(_SNAPSHOT_FILE)
-    latest = json.loads(text)["latest_checkpoint_result"] if text else None
-    return (folder.child(latest["checkpoint_dir_name"]), latest["metrics"]) if latest else None
-
-
-def next_step(folder: Folder) -> int:
-    """Return the first step of a run that no complete checkpoint contains."""
-    latest = latest_checkpoint(folder)
-    return int(latest[1]["cursor"]["step"]) if latest else 0

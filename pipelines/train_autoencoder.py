@@ -12,15 +12,8 @@ from torch import Tensor, nn
 
 from pipelines.corpus import Manifest
 from pipelines.ingest import PackedRow, load_step
-from pipelines.loop import (
-    CONFIG_FILE,
-    Evaluation,
-    RunConfig,
-    claim_folder,
-    fit,
-    latest_checkpoint,
-    launch,
-)
+from pipelines.launch import launch
+from pipelines.loop import Evaluation, fit
 from pipelines.plan import DataConfig, Plan, Stage
 from pipelines.reconstruction import (
     contact_sheet,
@@ -28,6 +21,7 @@ from pipelines.reconstruction import (
     evaluation_rows,
     summarize,
 )
+from pipelines.runs import CONFIG_FILE, RunConfig, claim_folder, latest_checkpoint
 from pipelines.storage import Folder
 from pipelines.tracking import Tracker, open_run
 from vitok.autoencoder import Autoencoder, AutoencoderConfig

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from jobs.sample_corpus import make_sample_corpus
-from pipelines.loop import RunConfig
 from pipelines.plan import DataConfig, Stage
+from pipelines.runs import RunConfig
 from pipelines.train_autoencoder import AutoencoderTraining
 from vitok.autoencoder import Autoencoder, AutoencoderConfig
 from vitok.losses import LossConfig

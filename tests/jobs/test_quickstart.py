@@ -13,7 +13,7 @@ from jobs import quickstart, recipes
 from jobs.sample_corpus import make_sample_corpus
 from pipelines import train_autoencoder
 from pipelines.latents import LatentCache
-from pipelines.loop import next_step
+from pipelines.runs import next_step
 from pipelines.tracking import TrackingConfig, open_run, tracking_uri
 from pipelines.train_autoencoder import AutoencoderTraining, load_autoencoder
 from tests.conftest import tiny_model

@@ -12,8 +12,8 @@ from transformers import DINOv3ViTConfig, DINOv3ViTModel
 
 from jobs.cli import _recipe
 from jobs.recipes import TRAINING
-from pipelines.loop import next_step
 from pipelines.plan import Stage
+from pipelines.runs import next_step
 from pipelines.tracking import TrackingConfig, tracking_uri
 from pipelines.train_autoencoder import (
     AutoencoderTraining,

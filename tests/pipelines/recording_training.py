@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from pipelines import train_autoencoder
 from pipelines.ingest import PackedRow
-from pipelines.loop import launch
+from pipelines.launch import launch
 from pipelines.tracking import open_run
 from pipelines.train_autoencoder import AutoencoderTraining, plan_of, prepare
 from vitok.config import read_config

@@ -16,8 +16,8 @@ from mlflow.tracking import MlflowClient
 
 from pipelines import train_autoencoder
 from pipelines.ingest import load_step
-from pipelines.loop import RunConfig, latest_checkpoint, next_step
 from pipelines.plan import Stage
+from pipelines.runs import RunConfig, latest_checkpoint, next_step
 from pipelines.tracking import tracking_uri
 from pipelines.train_autoencoder import (
     AutoencoderTraining,
