@@ -8,6 +8,7 @@ step come from the plan alone.
 import dataclasses
 import json
 from collections.abc import Iterable, Iterator
+from math import isqrt
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,7 @@ from numpy.typing import NDArray
 
 from pipelines.corpus import Manifest, SampleRecords, read_samples
 from pipelines.decode import UnreadableImage, decode_rgb
-from pipelines.plan import Plan, SampleView
+from pipelines.plan import Plan, SampleView, StepPlan
 from vitok.packed import PackedTokens, layout_of
 from vitok.patches import normalize_patches, pad_to_patch, patchify
 
@@ -49,18 +50,21 @@ class PackedRow:
     max_seqlen: int
 
     @property
+    def patch_size(self) -> int:
+        """Pixels along each side of a patch."""
+        return isqrt(self.patches.shape[1] // 3)
+
+    @property
     def num_tokens(self) -> int:
         """Real tokens of the row."""
-        patch_size = round((self.patches.shape[1] / 3) ** 0.5)
-        return int((-(-self.image_size // patch_size)).prod(axis=1).sum())
+        return int((-(-self.image_size // self.patch_size)).prod(axis=1).sum())
 
     def to_packed(self, device: torch.device) -> tuple[PackedTokens, torch.Tensor]:
         """Return the row as pixels in [-1, 1] on the device, and its tile positions [S, 2]."""
-        patch_size = round((self.patches.shape[1] / 3) ** 0.5)
         used = self.image_size[self.image_size[:, 0] > 0]
         layout = layout_of(
             [(int(height), int(width)) for height, width in used],
-            patch_size=patch_size,
+            patch_size=self.patch_size,
             row_tokens=len(self.patches),
             max_images=len(self.image_size),
             max_seqlen=self.max_seqlen,
@@ -79,9 +83,16 @@ class StepRows:
     rows: list[PackedRow]
 
 
-def load_step(plan: Plan, step: int, worker: int = 0, num_workers: int = 1) -> list[PackedRow]:
-    """Read, decode and pack one worker's rows of a global step, in the calling process."""
-    planned, index = plan.step(step), plan.stage_index(step)
+def load_step(plan: Plan, step: int) -> list[PackedRow]:
+    """Read, decode and pack the samples of one global step, in the calling process."""
+    return _load_worker(plan, step, plan.step(step), worker=0, num_workers=1)
+
+
+def _load_worker(
+    plan: Plan, step: int, planned: StepPlan, worker: int, num_workers: int
+) -> list[PackedRow]:
+    """Load the rows of a planned step that one worker takes."""
+    index = plan.stage_index(step)
     rows = planned.rows[worker::num_workers]
     # Every worker takes part in every collective: one that has no row gets an empty one.
     rows += [[]] * (-(-len(planned.rows) // num_workers) - len(rows))
@@ -170,9 +181,12 @@ def training_dataset(plan: Plan, first_step: int, num_workers: int) -> Any:
     def load(batch: dict[str, NDArray[np.int64]]) -> Iterator[dict[str, NDArray[Any]]]:
         for number in batch["id"].tolist():
             steps, workers = tasks[number]
+            planned = {step: plan.step(step) for step in steps}
             for worker in workers:
-                rows = [load_step(plan, step, worker, num_workers) for step in steps]
-                yield _record([row for of_step in rows for row in of_step])
+                rows: list[PackedRow] = []
+                for step in steps:
+                    rows += _load_worker(plan, step, planned[step], worker, num_workers)
+                yield _record(rows)
 
     dataset = ray.data.range(num_tasks, override_num_blocks=min(num_tasks, _MAX_INPUT_BLOCKS))
     if num_tasks > _MAX_INPUT_BLOCKS:

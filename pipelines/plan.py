@@ -15,8 +15,9 @@ from numpy.typing import NDArray
 
 from pipelines.corpus import Manifest, SampleRecords
 from pipelines.packing import pack_best_fit
+from vitok.autoencoder import num_tokens
 from vitok.config import config
-from vitok.patches import fit_to_budget, grid_size
+from vitok.patches import fit_to_budget
 
 _FEISTEL_ROUNDS = 6
 _PURPOSE_CHUNKS, _PURPOSE_SHUFFLE, _PURPOSE_VIEW = 1, 2, 3
@@ -105,8 +106,7 @@ class SampleView:
 
     def num_tokens(self, patch_size: int) -> int:
         """Patches that the resized crop has."""
-        rows, columns = grid_size(*self.size, patch_size)
-        return rows * columns
+        return num_tokens(*self.size, patch_size)
 
 
 @dataclasses.dataclass(frozen=True)

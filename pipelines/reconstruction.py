@@ -14,9 +14,9 @@ from pipelines.corpus import Manifest
 from pipelines.ingest import PackedRow, empty_row, load_rows
 from pipelines.packing import pack_best_fit
 from pipelines.plan import whole_view
+from vitok.autoencoder import num_tokens
 from vitok.metrics import constant_patches, psnr, ssim
 from vitok.packed import PackedTokens, unpack_images
-from vitok.patches import grid_size
 
 _SHEET_WIDTH, _GAP = 1400, 12  # pixels
 _ERROR_GAIN = 4.0  # error maps show |x - y| this many times brighter
@@ -99,7 +99,7 @@ def evaluate_rows(
     for row in rows:
         packed, _ = row.to_packed(device)
         output = reconstruct(packed)
-        patch_size = round((row.patches.shape[1] / 3) ** 0.5)
+        patch_size = row.patch_size
         sources = unpack_images(packed, patch_size)
         images = unpack_images(output.with_tokens(output.tokens.float()), patch_size)
         for key, source, image in zip(row.keys, sources, images, strict=True):
@@ -112,12 +112,11 @@ def evaluate_rows(
 def judge(key: str, source: Tensor, image: Tensor, patch_size: int) -> ImageResult:
     """Compare one image [3, H, W] with its source, both in [-1, 1]."""
     height, width = source.shape[1:]
-    grid_rows, grid_columns = grid_size(height, width, patch_size)
     return ImageResult(
         key=key,
         height=height,
         width=width,
-        num_tokens=grid_rows * grid_columns,
+        num_tokens=num_tokens(height, width, patch_size),
         psnr=psnr(image, source),
         ssim=ssim(image, source),
         baseline_psnr=psnr(constant_patches(source, patch_size), source),

@@ -211,22 +211,22 @@ def test_too_many_unreadable_samples_stop_the_run_and_are_named(
     ray_cluster: None,
     tiny_training: AutoencoderTraining,
     tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    settings = replace(
-        tiny_training,
-        data=replace(
-            tiny_training.data,
-            manifest=str(_damaged_manifest(tiny_training, tmp_path)),
-            eval_manifest="",
-            max_unreadable=0.001,
-        ),
-        run=replace(tiny_training.run, max_failures=0),
-    )
+    settings = _on_damaged_corpus(tiny_training, tmp_path)
+    settings = replace(settings, data=replace(settings.data, max_unreadable=0.001))
     prepare(settings)
     with pytest.raises(RuntimeError, match=r"samples were unreadable.*max_unreadable=0\.001"):
         run_training(settings)
     assert next_step(settings.run.folder) == 0
+
+
+def _on_damaged_corpus(settings: AutoencoderTraining, tmp_path: Path) -> AutoencoderTraining:
+    manifest = str(_damaged_manifest(settings, tmp_path))
+    return replace(
+        settings,
+        data=replace(settings.data, manifest=manifest, eval_manifest=""),
+        run=replace(settings.run, max_failures=0),
+    )
 
 
 def _damaged_manifest(settings: AutoencoderTraining, tmp_path: Path) -> Path:
@@ -270,15 +270,7 @@ def test_half_written_checkpoint_is_never_chosen(tiny_training: AutoencoderTrain
 def test_shard_that_is_gone_is_named(
     ray_cluster: None, tiny_training: AutoencoderTraining, tmp_path: Path
 ) -> None:
-    settings = replace(
-        tiny_training,
-        data=replace(
-            tiny_training.data,
-            manifest=str(_damaged_manifest(tiny_training, tmp_path)),
-            eval_manifest="",
-        ),
-        run=replace(tiny_training.run, max_failures=0),
-    )
+    settings = _on_damaged_corpus(tiny_training, tmp_path)
     (shard,) = (tmp_path / "damaged").glob("*.tar")
     shard.unlink()
     with pytest.raises(RuntimeError, match=rf"after step 0: .*{shard.name}"):
