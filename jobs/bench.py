@@ -1,11 +1,13 @@
 """Benchmarks: JSON on the last line of stdout."""
 
-import json
 import platform
 import statistics
 import time
 from collections.abc import Callable
+from json import dumps
+from typing import Any, Literal
 
+import psutil
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -23,6 +25,7 @@ def attention(
     head_dim: int = 64,
     threads: int = 2,
     repeats: int = 5,
+    json: bool = False,
 ) -> None:
     """Forward and backward of packed attention, bf16, against the other ways to compute it.
 
@@ -33,6 +36,7 @@ def attention(
         head_dim: channels of a head.
         threads: CPU threads.
         repeats: timed passes; the median counts.
+        json: print the JSON alone.
     """
     torch.set_num_threads(threads)
     layout, is_key = _layout(row_tokens, tokens_per_image)
@@ -42,7 +46,7 @@ def attention(
         torch.randn(real_tokens, num_heads, head_dim, generator=generator).bfloat16()
         for _ in range(3)
     ]
-    lengths = layout.lengths or ()
+    lengths = [rows * columns for rows, columns in layout.grids]
 
     def images_fused(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         limit = attention_module.MAX_EXPLICIT_TOKENS
@@ -77,12 +81,13 @@ def attention(
         "padded_sdpa": padded,
     }
     results = {name: _time(candidate, qkv, repeats) for name, candidate in candidates.items()}
-    for name, timing in results.items():
-        print(f"{name:<20} forward {timing[0]:8.1f} ms   backward {timing[1]:8.1f} ms")
+    if not json:
+        for name, timing in results.items():
+            print(f"{name:<20} forward {timing[0]:8.1f} ms   backward {timing[1]:8.1f} ms")
     _finish(
         "attention",
         {
-            f"{name}_{part}_ms": t
+            f"{name}_{part}_ms": round(t, 3)
             for name, ts in results.items()
             for part, t in zip(("forward", "backward"), ts, strict=True)
         },
@@ -90,7 +95,67 @@ def attention(
     )
 
 
-BENCHMARKS: dict[str, Callable[..., None]] = {"attention": attention}
+def inference(
+    model: str = "Bd4-B/16x64",
+    windows: tuple[int | Literal["full"], ...] = (8, "full"),
+    resolutions: tuple[int, ...] = (256, 512, 1024, 2048, 4096),
+    baselines: tuple[str, ...] = (),
+    image: str = "",
+    dtype: Literal["bfloat16", "float32"] = "bfloat16",
+    threads: int = 2,
+    repeats: int = 5,
+    limit_s: float = 120.0,
+    limit_gb: float | None = None,
+    json: bool = False,
+) -> None:
+    """Time, memory and PSNR of reconstruction over resolutions, full and window attention.
+
+    Args:
+        model: a name, such as Ld4-L/16x64, for random blocks around a PCA of the photograph, or the
+            location of trained weights.
+        windows: radii in patches of sliding-window attention, or full.
+        resolutions: pixels of each side.
+        baselines: sd-vae, flux, dc-ae: their shapes with random weights (extra `baselines`).
+        image: photograph to reconstruct; one that scikit-learn carries if empty.
+        dtype: precision of the weights.
+        threads: CPU threads.
+        repeats: timed passes, fewer where they take long; the median counts.
+        limit_s: a case expected to take longer is left out, and says so.
+        limit_gb: likewise for memory; by default what is available.
+        json: print the JSON alone.
+    """
+    from jobs.bench_inference import Case, measure_inference, report
+
+    torch.set_num_threads(threads)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+    def show(case: Case) -> None:
+        if json:
+            return
+        figures = case.skipped
+        if not figures:
+            quality = "" if case.psnr is None else f"  {case.psnr:6.2f} dB"
+            figures = f"{case.seconds:8.2f} s  {case.peak_mb:8.0f} MB{quality}"
+        window = f"window {case.window}" if case.window else ""
+        print(f"{case.subject:<14} {window:<11} {case.resolution:>5}p  {figures}", flush=True)
+
+    cases = measure_inference(
+        model=model,
+        windows=windows,
+        resolutions=resolutions,
+        baselines=baselines,
+        image=image,
+        dtype=getattr(torch, dtype),
+        device=device,
+        repeats=repeats,
+        limit_s=limit_s,
+        limit_gb=psutil.virtual_memory().available / 2**30 if limit_gb is None else limit_gb,
+        show=show,
+    )
+    _finish("inference", {"model": model, "dtype": dtype, **report(cases)}, threads)
+
+
+BENCHMARKS: dict[str, Callable[..., None]] = {"attention": attention, "inference": inference}
 
 
 def _layout(row_tokens: int, tokens_per_image: int) -> tuple[AttentionLayout, Tensor]:
@@ -108,7 +173,7 @@ def _layout(row_tokens: int, tokens_per_image: int) -> tuple[AttentionLayout, Te
         max_seqlen=tokens_per_image,
     )
     is_key = torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]
-    return attention_layout(packed), is_key[:, None, None]
+    return attention_layout(packed, torch.bfloat16), is_key[:, None, None]
 
 
 def _time(
@@ -127,7 +192,11 @@ def _time(
     return statistics.median(forward[1:]), statistics.median(backward[1:])
 
 
-def _finish(name: str, figures: dict[str, float], threads: int) -> None:
-    device = {"machine": platform.machine(), "threads": threads, "torch": torch.__version__}
-    rounded = {key: round(value, 3) for key, value in figures.items()}
-    print(json.dumps({"benchmark": name, **rounded, **device}))
+def _finish(name: str, figures: dict[str, Any], threads: int) -> None:
+    cuda = torch.cuda.is_available()
+    device = {
+        "device": torch.cuda.get_device_name() if cuda else platform.machine(),
+        "threads": threads,
+        "torch": torch.__version__,
+    }
+    print(dumps({"benchmark": name, **figures, **device}))

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import tyro
 
@@ -63,7 +63,7 @@ def evaluate(arguments: Sequence[str]) -> None:
     settings = tyro.cli(EvaluationConfig, args=arguments, prog="vitok evaluate")
     summary = evaluate_model(settings)
     if settings.json:
-        print(json.dumps(summary))
+        _print_json(summary)
         return
     _print_table({name: f"{value:.4g}" for name, value in summary.items()})
     print(f"results: {Path(settings.out).absolute()}")
@@ -73,7 +73,7 @@ def encode(arguments: Sequence[str]) -> None:
     """encode a corpus into a latent cache; goes on where it was stopped"""
     from cluster.local import ray_session
     from pipelines.cache_latents import LatentCaching, cache_latents
-    from pipelines.storage import Folder
+    from vitok.storage import Folder
 
     settings = tyro.cli(LatentCaching, args=arguments, prog="vitok encode")
     with ray_session():
@@ -89,49 +89,95 @@ def encode(arguments: Sequence[str]) -> None:
 
 def reconstruct(arguments: Sequence[str]) -> None:
     """original, reconstruction and error map of images"""
+    import torch
     from PIL import Image
 
     from pipelines.evaluate import reconstruct_image
     from pipelines.reconstruction import comparison
     from pipelines.train_autoencoder import load_autoencoder
 
-    def parse(
+    def run(
         images: tyro.conf.Positional[list[str]],
         /,
         *,
         model: str,
-        token_budget: int = 1024,
+        resolution: int | Literal["native"] = 512,
+        window: int | Literal["full"] = "full",
+        dtype: Literal["bfloat16", "float32"] = "float32",
         out: str = "reconstructions",
-    ) -> tuple[list[str], str, int, str]:
+        json: bool = False,
+    ) -> None:
         """Reconstruct images and save original, reconstruction and error map side by side.
 
         Args:
             images: files, folders or globs.
-            model: a training run or a folder of weights.
-            token_budget: larger images are shrunk to at most this many patches.
+            model: a released model (350M-f16x64), a Hugging Face repository, a training run, or a
+                folder of weights.
+            resolution: a larger image is shrunk, aspect kept, to the tokens of a square of so many
+                pixels a side; native keeps every size.
+            window: radius in patches of 2D sliding-window attention, such as 8; it makes the time
+                of large images linear.
+            dtype: precision of the weights.
             out: folder for the PNG files.
+            json: print the results as JSON on the last line.
         """
-        return images, model, token_budget, out
+        for name, limit, remedy in (
+            ("resolution", resolution, "or native"),
+            ("window", window, "or full"),
+        ):
+            if isinstance(limit, int) and limit < 1:
+                raise UsageError(f"{name}={limit} must be at least 1, {remedy}")
+        files = _image_files(images)
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        autoencoder = load_autoencoder(model).to(device, getattr(torch, dtype))
+        folder = Path(out)
+        folder.mkdir(parents=True, exist_ok=True)
+        results: dict[Path, dict[str, Any]] = {}
+        for file in files:
+            result, picture, seconds = reconstruct_image(
+                autoencoder,
+                file,
+                resolution=None if resolution == "native" else resolution,
+                window=None if window == "full" else window,
+            )
+            # Files of one name in several folders, or of two formats, have a picture each.
+            names = (file.stem, *(f"{file.stem}-{number}" for number in range(2, len(files) + 1)))
+            target = next(path for name in names if (path := folder / f"{name}.png") not in results)
+            Image.fromarray(comparison(picture.source, picture.reconstruction)).save(target)
+            results[target] = {
+                "image": str(file),
+                "picture": str(target),
+                **asdict(result),
+                "seconds": seconds,
+            }
+            print(
+                f"{target}: {result.width} x {result.height}, {result.num_tokens} tokens, "
+                f"PSNR {result.psnr:.2f} dB, SSIM {result.ssim:.4f}, {seconds:.2f} s"
+            )
+        if json:
+            _print_json(list(results.values()))
 
-    patterns, model_location, budget, out = tyro.cli(
-        parse, args=arguments, prog="vitok reconstruct"
-    )
-    files = _image_files(patterns)
-    autoencoder = load_autoencoder(model_location)
-    folder = Path(out)
-    folder.mkdir(parents=True, exist_ok=True)
-    written: set[Path] = set()
-    for file in files:
-        result, picture = reconstruct_image(autoencoder, file, budget)
-        # Files of one name in several folders, or of two formats, have a picture each.
-        names = (file.stem, *(f"{file.stem}-{number}" for number in range(2, len(files) + 1)))
-        target = next(path for name in names if (path := folder / f"{name}.png") not in written)
-        written.add(target)
-        Image.fromarray(comparison(picture.source, picture.reconstruction)).save(target)
-        print(
-            f"{target}: {result.width} x {result.height}, {result.num_tokens} tokens, "
-            f"PSNR {result.psnr:.2f} dB, SSIM {result.ssim:.4f}"
-        )
+    tyro.cli(run, args=arguments, prog="vitok reconstruct")
+
+
+def models(arguments: Sequence[str]) -> None:
+    """names, parameters, compression and cost of the models"""
+    from jobs.models import describe_models, format_models
+
+    def show(names: tyro.conf.Positional[list[str]], /, *, json: bool = False) -> None:
+        """Show what models are and what an image costs; without names the released ones and more.
+
+        Args:
+            names: as in Ld4-L/16x64, linear-B/16x64, v1/S-L/16x16 or 350M-f16x64.
+            json: print JSON.
+        """
+        described = describe_models(names)
+        if json:
+            _print_json([asdict(model) for model in described])
+        else:
+            print(format_models(described))
+
+    tyro.cli(show, args=arguments, prog="vitok models")
 
 
 def quickstart(arguments: Sequence[str]) -> None:
@@ -230,6 +276,7 @@ COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
     "train": train,
     "evaluate": evaluate,
     "reconstruct": reconstruct,
+    "models": models,
     "corpus": corpus,
     "encode": encode,
     "latents": latents,
@@ -305,6 +352,10 @@ def _image_files(patterns: Sequence[str]) -> list[Path]:
             raise FileNotFoundError(f"{pattern} names no image; give image files, folders or globs")
         files += found
     return files
+
+
+def _print_json(document: Any) -> None:
+    print(json.dumps(document))
 
 
 def _print_table(rows: dict[str, str]) -> None:

@@ -10,9 +10,9 @@ from pipelines.plan import DataConfig, Stage
 from pipelines.runs import RunConfig
 from pipelines.tracking import TrackingConfig
 from pipelines.train_autoencoder import AutoencoderTraining
-from vitok.autoencoder import AutoencoderConfig
 from vitok.losses import LossConfig
 from vitok.optim import OptimConfig
+from vitok.variants import AutoencoderConfig
 
 
 def quickstart() -> AutoencoderTraining:

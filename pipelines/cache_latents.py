@@ -27,12 +27,12 @@ from pipelines.launch import check_resources
 from pipelines.packing import pack_best_fit
 from pipelines.plan import whole_view
 from pipelines.progress import progress_bar
-from pipelines.storage import Folder
 from pipelines.train_autoencoder import load_autoencoder
 from vitok.autoencoder import Autoencoder
 from vitok.config import config
 from vitok.packed import PackedTokens
 from vitok.pretrained import encoder_digest
+from vitok.storage import Folder
 
 
 @config

@@ -5,21 +5,19 @@ orientation has been applied before anybody here counts a row.
 """
 
 import io
-import struct
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import cache
 
 import numpy as np
-from PIL import Image, ImageCms, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
+
+from vitok.pillow import ORIENTATION_TAG, TRANSPOSITIONS, exif_orientation, to_rgb_or_gray
 
 MAX_PIXELS = 512 * 2**20
 
 # Everything else Pillow can open (EPS runs Ghostscript, PSD, FITS, ...) is never tried.
 FORMATS = ("JPEG", "PNG", "WEBP", "TIFF", "GIF", "BMP", "AVIF")
-
-TRANSPARENT_BACKGROUND = (128, 128, 128, 255)
 
 # Pillow refuses above twice this number, inside its plugins and before they allocate. Between the
 # two it only warns; those images are refused in _open, so that the warning adds nothing.
@@ -28,18 +26,17 @@ warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 # Corrupt metadata is not worth a line per image: the pixels decide whether an image is used.
 warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")
 
-# EXIF orientation -> (transposition that turns the stored image upright, stored axes are swapped,
-# stored x runs backwards, stored y runs backwards). EXIF 2.32, tag 0x0112.
-_ORIENTATIONS = {
-    2: (Image.Transpose.FLIP_LEFT_RIGHT, False, True, False),
-    3: (Image.Transpose.ROTATE_180, False, True, True),
-    4: (Image.Transpose.FLIP_TOP_BOTTOM, False, False, True),
-    5: (Image.Transpose.TRANSPOSE, True, False, False),
-    6: (Image.Transpose.ROTATE_270, True, False, True),
-    7: (Image.Transpose.TRANSVERSE, True, True, True),
-    8: (Image.Transpose.ROTATE_90, True, True, False),
+# EXIF orientation -> (stored axes are swapped, stored x runs backwards, stored y runs backwards).
+_STORED_AXES = {
+    1: (False, False, False),
+    2: (False, True, False),
+    3: (False, True, True),
+    4: (False, False, True),
+    5: (True, False, False),
+    6: (True, False, True),
+    7: (True, True, True),
+    8: (True, True, False),
 }
-_ORIENTATION_TAG = 0x0112
 _PNG_METADATA_NAMES = (b"eXIf", b"Raw profile type exif", b"XML:com.adobe.xmp")
 
 
@@ -100,18 +97,18 @@ def decode_rgb(
             # Pillow turns a TIFF upright as it loads, and no other format.
             image.load()
             orientation = 1
-        transposition, swapped, *_ = _ORIENTATIONS.get(orientation, (None, False))
+        swapped = _STORED_AXES[orientation][0]
         box = _stored_box(upright_box, image.size, orientation)
         stored_size = (out_height, out_width) if swapped else (out_width, out_height)
         scale = _draft(image, box, stored_size)
-        image = _to_rgb_or_gray(image)
+        image = to_rgb_or_gray(image)
         if stored_size != (box[2] - box[0], box[3] - box[1]):
             scaled_box = tuple(edge / scale for edge in box)
             image = image.resize(stored_size, Image.Resampling.BICUBIC, box=scaled_box)
         elif stored_size != image.size:
             image = image.crop(box)
-        if transposition is not None:
-            image = image.transpose(transposition)
+        if orientation in TRANSPOSITIONS:
+            image = image.transpose(TRANSPOSITIONS[orientation])
         return np.array(image if image.mode == "RGB" else image.convert("RGB"))
 
 
@@ -155,25 +152,21 @@ def _orientation(image: Image.Image, data: bytes) -> int:
     if image.format == "PNG" and not any(name in data for name in _PNG_METADATA_NAMES):
         return 1
     # Pillow reports the size of a TIFF as its own orientation tag turns it.
-    if image.format == "TIFF" and _ORIENTATION_TAG in image.tag_v2:
+    if image.format == "TIFF" and ORIENTATION_TAG in image.tag_v2:
         return 1
-    try:
-        return image.getexif().get(_ORIENTATION_TAG, 1)
-    except (SyntaxError, ValueError, KeyError, IndexError, TypeError, struct.error):
-        return 1  # broken metadata: viewers show such an image as it is stored
+    return exif_orientation(image)
 
 
 def _upright_size(image: Image.Image, orientation: int) -> tuple[int, int]:
     width, height = image.size
-    _, swapped, *_ = _ORIENTATIONS.get(orientation, (None, False))
-    return (width, height) if swapped else (height, width)
+    return (width, height) if _STORED_AXES[orientation][0] else (height, width)
 
 
 def _stored_box(
     upright_box: tuple[int, int, int, int], stored_size: tuple[int, int], orientation: int
 ) -> tuple[int, int, int, int]:
     """Where a box (x0, y0, x1, y1) of the upright image lies in the image as it is stored."""
-    _, swapped, flip_x, flip_y = _ORIENTATIONS.get(orientation, (None, False, False, False))
+    swapped, flip_x, flip_y = _STORED_AXES[orientation]
     x0, y0, x1, y1 = upright_box
     width, height = stored_size
     if swapped:
@@ -195,31 +188,3 @@ def _draft(image: Image.Image, box: tuple[int, int, int, int], size: tuple[int, 
     # Pillow picks the scale from a size; this one leads to ours, whatever is left over.
     drafted = image.draft(None, (width // scale, height // scale))
     return 1 if drafted is None else scale
-
-
-def _to_rgb_or_gray(image: Image.Image) -> Image.Image:
-    """Decode and convert to 8-bit RGB, or to L, which is cheaper to resize while it is gray."""
-    image.load()
-    if image.mode == "I" or image.mode.startswith("I;16"):
-        samples = np.asarray(image).astype(np.int64)
-        return Image.fromarray(np.clip((samples + 128) // 257, 0, 255).astype(np.uint8))
-    if image.mode == "F":
-        samples = np.nan_to_num(np.asarray(image), nan=0.0)
-        white = 1.0 if samples.max() <= 1.0 else 255.0
-        samples = np.clip(samples / white, 0.0, 1.0) * 255.0
-        return Image.fromarray((samples + 0.5).astype(np.uint8))
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        background = Image.new("RGBA", image.size, TRANSPARENT_BACKGROUND)
-        return Image.alpha_composite(background, image).convert("RGB")
-    if image.mode == "LAB":
-        return ImageCms.applyTransform(image, _lab_to_srgb())
-    if image.mode in ("RGB", "L"):
-        return image
-    return image.convert("L" if image.mode == "1" else "RGB")
-
-
-@cache
-def _lab_to_srgb() -> ImageCms.ImageCmsTransform:
-    lab, srgb = ImageCms.createProfile("LAB"), ImageCms.createProfile("sRGB")
-    return ImageCms.buildTransform(lab, srgb, "LAB", "RGB")

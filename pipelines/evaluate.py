@@ -1,10 +1,10 @@
 """Evaluation of a trained model on held-out images: per-image rows, means, a picture."""
 
 import json
+import time
 from dataclasses import asdict
 from pathlib import Path
 
-import numpy as np
 import torch
 from PIL import Image
 from tqdm import tqdm
@@ -21,9 +21,9 @@ from pipelines.reconstruction import (
     summarize,
 )
 from pipelines.train_autoencoder import load_autoencoder
-from vitok.autoencoder import Autoencoder
+from vitok.autoencoder import Autoencoder, num_tokens
 from vitok.config import config
-from vitok.packed import pack_images, unpack_images
+from vitok.images import to_tensor
 from vitok.patches import fit_to_budget
 
 
@@ -91,11 +91,18 @@ def evaluate_model(settings: EvaluationConfig) -> dict[str, float]:
     return summary
 
 
-@torch.inference_mode()
 def reconstruct_image(
-    model: Autoencoder, file: Path, token_budget: int
-) -> tuple[ImageResult, Pictured]:
+    model: Autoencoder, file: Path, *, resolution: int | None = None, window: int | None = None
+) -> tuple[ImageResult, Pictured, float]:
     """Reconstruct one image file at its own aspect ratio.
+
+    Args:
+        resolution: a larger image is shrunk to the tokens of a square of so many pixels a side;
+            None keeps every size.
+        window: radius in patches of sliding-window attention; full attention if None.
+
+    Returns:
+        how well it came back, both pictures, and the seconds of encoding and decoding.
 
     Raises:
         UnreadableImage: the file is no image.
@@ -103,11 +110,17 @@ def reconstruct_image(
     patch_size = model.config.patch_size
     data = file.read_bytes()
     try:
-        size = fit_to_budget(*image_size(data), patch_size=patch_size, token_budget=token_budget)
+        size = image_size(data)
+        if resolution is not None:
+            budget = num_tokens(resolution, resolution, patch_size)
+            size = fit_to_budget(*size, patch_size=patch_size, token_budget=budget)
         pixels = decode_rgb(data, size=size)
     except UnreadableImage as error:
         raise UnreadableImage(f"{file}: {error}") from error
-    source = torch.from_numpy(pixels.astype(np.float32)).permute(2, 0, 1) / 127.5 - 1
-    packed = pack_images([source], patch_size=patch_size)
-    (image,) = unpack_images(model(packed), patch_size)
-    return judge(file.name, source, image, patch_size), Pictured(file.name, source, image)
+    source = to_tensor(pixels)
+    start = time.perf_counter()
+    (image,) = model.decode(model.encode(source, window=window), window=window)
+    image = image.cpu()  # waits for the device
+    seconds = time.perf_counter() - start
+    result = judge(file.name, source, image, patch_size)
+    return result, Pictured(file.name, source, image), seconds

@@ -19,8 +19,8 @@ import torch
 from safetensors.torch import load, save
 from torch import Tensor
 
-from pipelines.storage import Folder
 from vitok.config import config, describe_difference, parse_json, to_dict
+from vitok.storage import Folder
 
 CACHE_FILE = "cache.json"
 MANIFEST_FILE = "manifest.json"

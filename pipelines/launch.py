@@ -15,8 +15,8 @@ from pipelines.failures import root_cause
 from pipelines.plan import Plan
 from pipelines.progress import progress_bar
 from pipelines.runs import RunConfig, next_step
-from pipelines.storage import Folder
 from pipelines.tracking import Tracker
+from vitok.storage import Folder
 
 
 def launch(

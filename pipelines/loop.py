@@ -25,7 +25,7 @@ from pipelines.runs import RunConfig
 from pipelines.tracking import Tracker
 from vitok.checkpoint import TrainState
 from vitok.optim import OptimConfig, build_optimizer, learning_rate
-from vitok.parallel import shard_model
+from vitok.parallel import prepare_blocks, shard_model
 
 logger = logging.getLogger(__name__)
 
@@ -51,6 +51,7 @@ def fit(
     model: nn.Module,
     step_fn: StepFn,
     *,
+    initialize: Callable[[Any], None],
     plan: Plan,
     optim: OptimConfig,
     run: RunConfig,
@@ -64,7 +65,8 @@ def fit(
     over all its images, however they are packed and on however many workers.
 
     Args:
-        model: the same weights on every rank; sharded here.
+        model: on the meta device; sharded here before it takes any memory.
+        initialize: sets the sharded model to its first weights; called by every rank.
         tracker: on rank 0 alone.
         board: the driver's ProgressBoard.
 
@@ -74,20 +76,20 @@ def fit(
     """
     rank, world_size = dist.get_rank(), dist.get_world_size()
     device = ray.train.torch.get_device()
-    model.to(device)
-    for parameter in model.parameters():
-        # Ranks on other processors may have rounded their start differently.
-        dist.broadcast(parameter.data, src=0)
+    prepare_blocks(model, run.parallel)
     shard_model(
         model,
         init_device_mesh(device.type, (world_size,)),
         getattr(torch, run.compute_dtype),
     )
+    model.to_empty(device=device)
     optimizer = build_optimizer(model, optim)
     state = TrainState(model, optimizer)
     progress = {"cursor": plan.cursor(0), "skipped": 0, "manifest": plan.manifest.digest}
     checkpoint = ray.train.get_checkpoint()
-    if checkpoint is not None:
+    if checkpoint is None:
+        initialize(model)
+    else:
         with checkpoint.as_directory() as folder:
             progress = state.load(Path(folder))
         if progress["manifest"] != plan.manifest.digest:

@@ -14,14 +14,14 @@ from pipelines.corpus import Manifest
 from pipelines.ingest import PackedRow, empty_row, load_rows
 from pipelines.packing import pack_best_fit
 from pipelines.plan import whole_view
-from vitok.autoencoder import num_tokens
+from vitok.autoencoder import Reconstruction, num_tokens
 from vitok.metrics import constant_patches, psnr, ssim
 from vitok.packed import PackedTokens, unpack_images
 
 _SHEET_WIDTH, _GAP = 1400, 12  # pixels
 _ERROR_GAIN = 4.0  # error maps show |x - y| this many times brighter
 
-Reconstruct = Callable[[PackedTokens], PackedTokens]
+Reconstruct = Callable[[PackedTokens], Reconstruction]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,7 +98,7 @@ def evaluate_rows(
     pictures: list[Pictured] = []
     for row in rows:
         packed, _ = row.to_packed(device)
-        output = reconstruct(packed)
+        output = reconstruct(packed).pixels
         patch_size = row.patch_size
         sources = unpack_images(packed, patch_size)
         images = unpack_images(output.with_tokens(output.tokens.float()), patch_size)

@@ -3,9 +3,10 @@
 import json
 from typing import Any
 
-from pipelines.storage import Folder
 from pipelines.tracking import TrackingConfig
 from vitok.config import config, describe_difference, parse_json, to_dict
+from vitok.parallel import ParallelConfig
+from vitok.storage import Folder
 
 CONFIG_FILE = "config.json"
 # Ray Train's own record of what was committed: a checkpoint that it does not name is half-written.
@@ -14,7 +15,7 @@ _SNAPSHOT_FILE = "checkpoint_manager_snapshot.json"
 
 @config
 class RunConfig:
-    """How and where a training runs; nothing here changes what is learned.
+    """How and where a training runs; nothing here changes what is learned, but for rounding.
 
     Attributes:
         name: the same name continues the same run.
@@ -23,6 +24,7 @@ class RunConfig:
         cpus_per_worker: CPU cores that Ray sets aside for each of them.
         use_gpu: train on GPUs.
         compute_dtype: of matrix products; master weights and reductions are float32.
+        parallel: activation checkpointing, compilation and float8 of the blocks.
         log_every: steps between two records of rates and norms; the last step has one too.
         evaluate_every: steps between two evaluations; the last step has one too.
         checkpoint_every: steps between two checkpoints; the last step has one too.
@@ -37,6 +39,7 @@ class RunConfig:
     cpus_per_worker: float = 8.0
     use_gpu: bool = True
     compute_dtype: str = "bfloat16"
+    parallel: ParallelConfig = ParallelConfig()
     log_every: int = 10
     evaluate_every: int = 5000
     checkpoint_every: int = 1000

@@ -16,8 +16,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pipelines.storage import Folder
 from vitok.config import config, flatten
+from vitok.storage import Folder
 
 _RUN_FILE = "mlflow.json"
 _PARAMS_PER_CALL = 100  # MLflow's limit for one batch

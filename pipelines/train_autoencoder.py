@@ -1,5 +1,6 @@
 """Training of the autoencoder: its config, its step, and the two handed to the loop."""
 
+import hashlib
 import tempfile
 from dataclasses import replace
 from pathlib import Path
@@ -22,15 +23,21 @@ from pipelines.reconstruction import (
     summarize,
 )
 from pipelines.runs import CONFIG_FILE, RunConfig, claim_folder, latest_checkpoint
-from pipelines.storage import Folder
 from pipelines.tracking import Tracker, open_run
-from vitok.autoencoder import Autoencoder, AutoencoderConfig
-from vitok.checkpoint import load_weights
+from vitok.autoencoder import Autoencoder, num_tokens
 from vitok.config import config, parse_json
-from vitok.initialize import start_from_pca
+from vitok.initialize import start_at_random, start_from_pca
 from vitok.losses import LossConfig, ReconstructionLoss
 from vitok.optim import OptimConfig
-from vitok.pretrained import from_pretrained, save_pretrained
+from vitok.pretrained import (
+    EXPORT,
+    WEIGHT_FILES,
+    load_checkpoint,
+    load_pretrained,
+    save_pretrained,
+)
+from vitok.storage import Folder
+from vitok.variants import AutoencoderConfig, Part
 
 _PCA_PATCHES = 16_384
 _NUM_PICTURES = 8
@@ -97,7 +104,8 @@ def prepare(settings: AutoencoderTraining) -> AutoencoderTraining:
         the config to run, with absolute locations: workers run in other directories.
 
     Raises:
-        FileNotFoundError: a manifest, or the DINOv3 weights, are not there.
+        FileNotFoundError: a manifest, or the weights of a perceptual loss, are not there.
+        ImportError: a perceptual loss needs a package that is not installed.
         ValueError: the run's folder holds a run with another config.
     """
     data, loss, run = settings.data, settings.loss, settings.run
@@ -110,16 +118,15 @@ def prepare(settings: AutoencoderTraining) -> AutoencoderTraining:
         ),
         loss=replace(
             loss,
-            dino_weights=_absolute(loss.dino_weights)
-            if Path(loss.dino_weights).is_dir()
-            else loss.dino_weights,
+            dino_weights=_absolute_if_local(loss.dino_weights),
+            lpips_weights=_absolute_if_local(loss.lpips_weights),
         ),
         run=replace(run, storage=_absolute(run.storage)),
     )
     plan_of(settings)
     if data.eval_manifest:
         Manifest.load(data.eval_manifest)
-    if loss.dino:
+    if loss.dino or loss.lpips:
         ReconstructionLoss(loss)
     claim_folder(settings)
     return settings
@@ -127,6 +134,11 @@ def prepare(settings: AutoencoderTraining) -> AutoencoderTraining:
 
 def _absolute(location: str) -> str:
     return Folder.of(location).uri if location else ""
+
+
+def _absolute_if_local(location: str) -> str:
+    """Leave what is no path here alone: it may be a repository id."""
+    return _absolute(location) if Path(location).exists() else location
 
 
 def read_settings(folder: Folder) -> AutoencoderTraining:
@@ -144,35 +156,39 @@ def read_settings(folder: Folder) -> AutoencoderTraining:
     return parse_json(AutoencoderTraining, text, f"{folder.uri}/{CONFIG_FILE}")
 
 
-def load_autoencoder(location: str) -> Autoencoder:
-    """Load a model for use, float32 and in eval mode on the CPU.
+def load_autoencoder(
+    location: str, *, part: Part | None = None, dtype: torch.dtype = torch.float32
+) -> Autoencoder:
+    """Load a model for use, in eval mode on the CPU.
 
     Args:
-        location: a training run (its newest checkpoint is taken), or a folder of weights with its
-            config.
+        location: a training run (its newest checkpoint is taken), or what load_pretrained takes: a
+            folder of weights, a checkpoint, a released model, a Hugging Face repository.
+        part: load the encoder or the decoder alone.
+        dtype: of the weights.
 
     Raises:
-        FileNotFoundError: there is neither, or the run has no checkpoint yet.
+        FileNotFoundError: there is none of these, or the run has no checkpoint yet.
         ValueError: the tensors are not those of the config.
     """
     folder = Folder.of(location)
-    with tempfile.TemporaryDirectory() as scratch:
-        if folder.exists("encoder.safetensors") or not folder.exists(CONFIG_FILE):
-            return from_pretrained(folder.download(Path(scratch)))
-        latest = latest_checkpoint(folder)
-        if latest is None:
-            raise FileNotFoundError(
-                f"the run in {folder.uri} has no complete checkpoint yet; wait for its first, or "
-                "lower run.checkpoint_every"
-            )
-        model = Autoencoder(read_settings(folder).model)
-        load_weights(model, latest[0].download(Path(scratch)))
-    return model.eval().requires_grad_(False)
+    has_weights = any(folder.exists(file) for file in WEIGHT_FILES)
+    if has_weights or not folder.exists(CONFIG_FILE):
+        return load_pretrained(location, part=part, dtype=dtype)
+    latest = latest_checkpoint(folder)
+    if latest is not None:
+        return load_checkpoint(latest[0], read_settings(folder).model, part=part, dtype=dtype)
+    if not folder.child(EXPORT).names():
+        raise FileNotFoundError(
+            f"the run in {folder.uri} has no complete checkpoint yet; wait for its first, or "
+            "lower run.checkpoint_every"
+        )
+    return load_pretrained(location, part=part, dtype=dtype)
 
 
 def export_weights(settings: AutoencoderTraining) -> Folder:
-    """Write the run's newest weights for from_pretrained into its folder `export`."""
-    export = settings.run.folder.child("export")
+    """Write the run's newest weights for load_pretrained into its folder `export`."""
+    export = settings.run.folder.child(EXPORT)
     model = load_autoencoder(settings.run.folder.uri)
     with tempfile.TemporaryDirectory() as scratch:
         save_pretrained(Path(scratch), settings.model, model.state_dict())
@@ -196,14 +212,11 @@ def plan_of(settings: AutoencoderTraining) -> Plan:
     )
 
 
-def build_model(settings: AutoencoderTraining, plan: Plan) -> Autoencoder:
-    """Return the model at the start of a training: the same weights in every process."""
-    torch.manual_seed(settings.seed)
-    model = Autoencoder(settings.model)
-    model.reset_parameters()
+def initialize(model: Autoencoder, settings: AutoencoderTraining, plan: Plan) -> None:
+    """Set a model, sharded or not, to the weights at the start of a training."""
+    start_at_random(model, settings.seed)
     if settings.start == "pca":
         start_from_pca(model, _sample_patches(plan))
-    return model
 
 
 def reconstruction_step(
@@ -211,7 +224,27 @@ def reconstruction_step(
 ) -> dict[str, Tensor]:
     """Return the summed loss terms of one packed row."""
     packed, tile_position = row.to_packed(device)
-    return loss(model(packed), packed, tile_position)
+    reconstruction = model(packed, noise=latent_noise(model.config, row, device))
+    return loss(reconstruction, packed, tile_position)
+
+
+def latent_noise(config: AutoencoderConfig, row: PackedRow, device: torch.device) -> Tensor | None:
+    """Return standard normal noise [T, c] for latents that are trained with noise, or None.
+
+    Every image has a generator of its own, seeded by step and key: neither the packing nor the
+    number of workers nor a resume changes its noise.
+    """
+    if config.latent == "layernorm":
+        return None
+    noise = torch.zeros(len(row.patches), config.latent_channels)
+    start = 0
+    for key, (height, width) in zip(row.keys, row.image_size.tolist(), strict=False):
+        digest = hashlib.sha256(f"{row.step}/{key}".encode()).digest()
+        generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little"))
+        stop = start + num_tokens(height, width, row.patch_size)
+        noise[start:stop] = torch.randn(stop - start, noise.shape[1], generator=generator)
+        start = stop
+    return noise.to(device)
 
 
 def _worker(given: dict[str, Any]) -> None:
@@ -237,9 +270,12 @@ def _worker(given: dict[str, Any]) -> None:
         images = {"reconstructions": contact_sheet(pictures)} if pictures else {}
         return Evaluation(summarize(results), images)
 
+    with torch.device("meta"):
+        model = Autoencoder(settings.model)
     fit(
-        build_model(settings, plan),
+        model,
         step,
+        initialize=lambda model: initialize(model, settings, plan),
         plan=plan,
         optim=settings.optim,
         run=settings.run,

@@ -3,16 +3,17 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import torch
 
 from jobs.sample_corpus import make_sample_corpus
 from pipelines.plan import DataConfig, Stage
 from pipelines.runs import RunConfig
 from pipelines.train_autoencoder import AutoencoderTraining
-from vitok.autoencoder import Autoencoder, AutoencoderConfig
+from vitok.autoencoder import Autoencoder
+from vitok.initialize import start_at_random
 from vitok.losses import LossConfig
 from vitok.optim import OptimConfig
 from vitok.pretrained import save_pretrained
+from vitok.variants import AutoencoderConfig
 
 
 @pytest.fixture(scope="session")
@@ -37,9 +38,8 @@ def tiny_weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folder of an exported model that nobody trained; its reconstructions are gray noise."""
     folder = tmp_path_factory.mktemp("weights") / "tiny"
     config = tiny_model(AutoencoderConfig(patch_size=16, latent_channels=16))
-    torch.manual_seed(0)
     model = Autoencoder(config)
-    model.reset_parameters()
+    start_at_random(model, seed=0)
     save_pretrained(folder, config, model.state_dict())
     return folder
 

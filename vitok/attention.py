@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from vitok.packed import PackedTokens
+from vitok.window import WindowBackend, window_attention
 
 # Below this many tokens an image's scores are cheap to hold, and two plain matrix products beat
 # the fused CPU kernel, above all in the backward pass (docs/benchmarks.md, "Packed attention").
@@ -24,36 +25,64 @@ class AttentionLayout:
         cu_seqlens: [S+1] int32.
         is_real: [T, 1, 1] bool, False in padding.
         max_seqlen: bound on the tokens of one image.
-        lengths: tokens of each used slot, on the host; None on CUDA, where reading them would
-            wait for the device.
+        flash: full attention on CUDA in half precision, by a kernel for variable lengths.
+        grids: (rows, columns) of each used slot, on the host; empty for flash attention, which
+            needs no more than the tensors: reading them would wait for the device.
+        window: radius in patches of sliding-window attention; None for full attention.
+        window_backend: how windows are computed.
     """
 
     cu_seqlens: Tensor
     is_real: Tensor
     max_seqlen: int
-    lengths: tuple[int, ...] | None
+    flash: bool
+    grids: tuple[tuple[int, int], ...]
+    window: int | None = None
+    window_backend: WindowBackend = "halo"
 
 
-def attention_layout(packed: PackedTokens) -> AttentionLayout:
-    """Derive the attention layout of a packed row."""
-    lengths = None
-    if not packed.cu_seqlens.is_cuda:
-        lengths = tuple(n for n in packed.cu_seqlens.diff().tolist() if n > 0)
+def attention_layout(
+    packed: PackedTokens,
+    dtype: torch.dtype,
+    *,
+    window: int | None = None,
+    window_backend: WindowBackend | None = None,
+) -> AttentionLayout:
+    """Derive the attention layout of a packed row.
+
+    Args:
+        dtype: of q, k and v.
+        window: radius in patches of 2D sliding-window attention; full attention if None.
+        window_backend: "flex" on CUDA and "halo" elsewhere if None.
+
+    Raises:
+        ValueError: the window is negative.
+    """
+    if window is not None and window < 0:
+        raise ValueError(f"{window=} must be at least 0, or None for full attention")
+    if window_backend is None:
+        window_backend = "flex" if packed.cu_seqlens.is_cuda else "halo"
+    half = dtype in (torch.bfloat16, torch.float16)
+    flash = packed.cu_seqlens.is_cuda and half and window is None
+    grids = () if flash else tuple((r, c) for r, c in packed.grid.tolist() if r > 0)
     return AttentionLayout(
         cu_seqlens=packed.cu_seqlens,
         is_real=(packed.segment_ids >= 0)[:, None, None],
         max_seqlen=packed.max_seqlen,
-        lengths=lengths,
+        flash=flash,
+        grids=grids,
+        window=window,
+        window_backend=window_backend,
     )
 
 
 def packed_attention(
     q_THD: Tensor, k_THD: Tensor, v_THD: Tensor, layout: AttentionLayout
 ) -> Tensor:
-    """Let every token attend to all tokens of its own image.
+    """Let every token attend to the tokens of its own image, to all or to those in its window.
 
-    CUDA in half precision runs flash attention on variable lengths; everything else runs image by
-    image.
+    Full attention on CUDA in half precision runs flash attention on variable lengths; everything
+    else runs image by image.
 
     Args:
         q_THD, k_THD, v_THD: [T, H, D], one dtype.
@@ -61,7 +90,7 @@ def packed_attention(
     Returns:
         [T, H, D]; 0 in padding.
     """
-    if q_THD.is_cuda and q_THD.dtype in (torch.bfloat16, torch.float16):
+    if layout.flash:
         return _varlen_attention(q_THD, k_THD, v_THD, layout)
     return _attention_per_image(q_THD, k_THD, v_THD, layout)
 
@@ -87,22 +116,27 @@ def _varlen_attention(
     return torch.where(layout.is_real, out_THD, 0)
 
 
+# Compiled, it would be compiled again for every other list of images in a row.
+@torch.compiler.disable  # type: ignore[untyped-decorator]
 def _attention_per_image(
     q_THD: Tensor, k_THD: Tensor, v_THD: Tensor, layout: AttentionLayout
 ) -> Tensor:
-    lengths = layout.lengths
-    if lengths is None:
-        lengths = tuple(n for n in layout.cu_seqlens.diff().tolist() if n > 0)
-    padding = q_THD.shape[0] - sum(lengths)
+    lengths = [rows * columns for rows, columns in layout.grids]
     # One split for all images: slicing would make the backward pass fill T rows for each image.
-    sections = [*lengths, padding]
+    sections = [*lengths, q_THD.shape[0] - sum(lengths)]
     q_images, k_images, v_images = (
         x.transpose(0, 1).split(sections, dim=1) for x in (q_THD, k_THD, v_THD)
     )
     outputs = [
         _attention(q_HnD, k_HnD, v_HnD)
-        for q_HnD, k_HnD, v_HnD in zip(q_images[:-1], k_images[:-1], v_images[:-1], strict=True)
+        if layout.window is None
+        else window_attention(q_HnD, k_HnD, v_HnD, grid, layout.window, layout.window_backend)
+        for q_HnD, k_HnD, v_HnD, grid in zip(
+            q_images[:-1], k_images[:-1], v_images[:-1], layout.grids, strict=True
+        )
     ]
+    if len(outputs) == 1 and not sections[-1]:
+        return outputs[0].transpose(0, 1)
     # Padding keeps a path to the graph, so that an empty row still gives every parameter a gradient
     # (zeros): ranks of which one lacks a gradient would reduce buffers of different sizes.
     outputs.append((q_images[-1] + k_images[-1] + v_images[-1]) * 0)

@@ -1,181 +1,150 @@
-"""The ViTok-v2 autoencoder and its named variants (arXiv 2605.05331)."""
+"""The ViTok-v2 autoencoder (arXiv 2605.05331)."""
 
-import re
-from typing import Literal
+import dataclasses
+from collections.abc import Iterable
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from vitok.attention import attention_layout
-from vitok.config import config
+from vitok.bottleneck import Posterior, posterior_of
+from vitok.images import Latent, decode_latents, encode_images
 from vitok.packed import PackedTokens
 from vitok.patches import grid_size
-from vitok.transformer import Block, LayerScale, RMSNorm, rope_rotation, swiglu_hidden
+from vitok.pixels import ImageLike
+from vitok.transformer import Block, rope_rotation
+from vitok.variants import AutoencoderConfig, Part
+from vitok.window import WindowBackend
 
-# Letter -> (width, depth, heads). The paper's Table 6 prints G as 1408 x 40 with 16 heads; its own
-# parameter counts (1.1B to 1.2B) are those of 1728 x 32 with 24 heads.
-SIZES = {
-    "B": (768, 12, 12),
-    "L": (1024, 24, 16),
-    "G": (1728, 32, 24),
-    "T": (3072, 40, 24),
-}
-_NAME = re.compile(r"([BLGT])(?:d(\d+))?-([BLGT])(?:d(\d+))?/(?:1x)?(\d+)x(\d+)")
+_ENCODER_MODULES = ("patch_embed.", "encoder_blocks.", "to_code.")
 
 
-@config
-class AutoencoderConfig:
-    """The shape of an autoencoder.
+@dataclasses.dataclass(frozen=True)
+class Reconstruction:
+    """What a forward pass gives.
 
     Attributes:
-        patch_size: pixels along each side of a patch, P.
-        latent_channels: channels of a latent, c; the compression ratio is 3 P^2 / c.
-        encoder_width: channels of the encoder's tokens.
-        encoder_depth: its blocks.
-        encoder_heads: its attention heads.
-        decoder_width: channels of the decoder's tokens.
-        decoder_depth: its blocks.
-        decoder_heads: its attention heads.
-        layer_scale: initial LayerScale of every block; matters only to training from scratch.
+        pixels: reconstructed patches [T, 3P^2]; not clamped.
+        latents: [T, c], as the decoder saw them.
+        kl_T: [T] divergence of each token's posterior, mean over channels; None but for KL latents.
     """
 
-    patch_size: int = 16
-    latent_channels: int = 64
-    encoder_width: int = 1024
-    encoder_depth: int = 4
-    encoder_heads: int = 16
-    decoder_width: int = 1024
-    decoder_depth: int = 24
-    decoder_heads: int = 16
-    layer_scale: float = 0.1
-
-    def __post_init__(self) -> None:
-        for side in ("encoder", "decoder"):
-            width, heads = getattr(self, f"{side}_width"), getattr(self, f"{side}_heads")
-            if heads < 1 or width % (4 * heads):
-                raise ValueError(
-                    f"{side}_width={width} over {side}_heads={heads} must leave a head dimension "
-                    "that is a multiple of 4 (2D RoPE turns pairs of rows and of columns)"
-                )
-            if getattr(self, f"{side}_depth") < 0:
-                raise ValueError(f"{side}_depth={getattr(self, f'{side}_depth')} is negative")
-        if self.patch_size < 1 or self.latent_channels < 2:
-            raise ValueError(
-                f"patch_size={self.patch_size} must be at least 1 and "
-                f"latent_channels={self.latent_channels} at least 2"
-            )
-
-    @classmethod
-    def from_name(cls, name: str) -> "AutoencoderConfig":
-        """Read `{encoder}-{decoder}/{patch}x{channels}`, as in `Ld4-Ld24/16x64` or `Td4-T/1x16x64`.
-
-        Raises:
-            ValueError: the name has another form or another size letter.
-        """
-        match = _NAME.fullmatch(name)
-        if match is None:
-            raise ValueError(
-                f"{name!r} is no model name; write ENCODER-DECODER/PATCHxCHANNELS with the sizes "
-                f"{', '.join(SIZES)} and an optional depth, as in Ld4-L/16x64"
-            )
-        encoder, encoder_depth, decoder, decoder_depth, patch, channels = match.groups()
-        encoder_width, depth, encoder_heads = SIZES[encoder]
-        decoder_width, full_depth, decoder_heads = SIZES[decoder]
-        return cls(
-            patch_size=int(patch),
-            latent_channels=int(channels),
-            encoder_width=encoder_width,
-            encoder_depth=int(encoder_depth or depth),
-            encoder_heads=encoder_heads,
-            decoder_width=decoder_width,
-            decoder_depth=int(decoder_depth or full_depth),
-            decoder_heads=decoder_heads,
-        )
-
-    @property
-    def patch_dim(self) -> int:
-        """Values of a patch vector: 3 P^2."""
-        return 3 * self.patch_size**2
-
-    @property
-    def compression_ratio(self) -> float:
-        """Pixel values for each latent value: r = 3 P^2 / c."""
-        return self.patch_dim / self.latent_channels
-
-    def flops_per_token(self, sequence_length: float) -> float:
-        """Return the floating-point operations of one forward pass, for each token.
-
-        Matrix products only, two operations for each multiply-add; attention over
-        sequence_length tokens.
-        """
-
-        def tower(width: int, depth: int) -> float:
-            matrices = 4 * width**2 + 3 * width * swiglu_hidden(width)
-            return depth * (2 * matrices + 4 * width * sequence_length)
-
-        linear = self.patch_dim + self.latent_channels
-        return (
-            tower(self.encoder_width, self.encoder_depth)
-            + tower(self.decoder_width, self.decoder_depth)
-            + 2 * linear * (self.encoder_width + self.decoder_width)
-        )
+    pixels: PackedTokens
+    latents: PackedTokens
+    kl_T: Tensor | None
 
 
 class Autoencoder(nn.Module):
     """ViT encoder and decoder around a latent of c channels a patch.
 
     Maps PackedTokens of pixels in [-1, 1] to PackedTokens of reconstructed pixels. Parameter names
-    are those of the released ViTok-v2 weights.
+    are those of the released ViTok-v2 weights. Built under `torch.device("meta")` it takes no
+    memory; `to_empty` and `start_at_random` (vitok.initialize) make it real, sharded or whole.
+
+    Args:
+        part: build the encoder or the decoder alone.
+
+    Attributes:
+        window_backend: how sliding windows are computed: "halo", "flex", or None for the one that
+            suits the device.
     """
 
-    def __init__(self, config: AutoencoderConfig) -> None:
+    def __init__(self, config: AutoencoderConfig, part: Part | None = None) -> None:
         super().__init__()
         self.config = config
-        self.patch_embed = nn.Linear(config.patch_dim, config.encoder_width)
-        self.encoder_blocks = nn.ModuleList(
-            Block(config.encoder_width, config.encoder_heads, config.layer_scale)
-            for _ in range(config.encoder_depth)
+        self.window_backend: WindowBackend | None = None
+        if part != "decoder":
+            code = config.latent_channels * (2 if config.latent == "kl" else 1)
+            if config.encoder_width:
+                self.patch_embed = nn.Linear(config.patch_dim, config.encoder_width)
+            self.encoder_blocks = nn.ModuleList(
+                Block(config.encoder_width, config.encoder_heads, config.layer_scale)
+                for _ in range(config.encoder_depth)
+            )
+            self.to_code = nn.Linear(config.encoder_width or config.patch_dim, code)
+        if part != "encoder":
+            self.decoder_embed = nn.Linear(config.latent_channels, config.decoder_width)
+            self.decoder_blocks = nn.ModuleList(
+                Block(config.decoder_width, config.decoder_heads, config.layer_scale)
+                for _ in range(config.decoder_depth)
+            )
+            self.to_pixels = nn.Linear(config.decoder_width, config.patch_dim)
+
+    def forward(
+        self, packed: PackedTokens, *, noise: Tensor | None = None, window: int | None = None
+    ) -> Reconstruction:
+        """Reconstruct a packed row of patches [T, 3P^2].
+
+        Args:
+            noise: [T, c] standard normal, which tanh and KL latents are moved by in training;
+                without it they are deterministic.
+            window: radius in patches of 2D sliding-window attention; full attention if None.
+        """
+        posterior = self.posterior(packed, window=window)
+        latents = packed.with_tokens(posterior.sample(noise))
+        return Reconstruction(
+            pixels=self.decode_packed(latents, window=window),
+            latents=latents,
+            kl_T=posterior.kl_T,
         )
-        self.to_code = nn.Linear(config.encoder_width, config.latent_channels)
-        self.decoder_embed = nn.Linear(config.latent_channels, config.decoder_width)
-        self.decoder_blocks = nn.ModuleList(
-            Block(config.decoder_width, config.decoder_heads, config.layer_scale)
-            for _ in range(config.decoder_depth)
-        )
-        self.to_pixels = nn.Linear(config.decoder_width, config.patch_dim)
 
-    def forward(self, packed: PackedTokens) -> PackedTokens:
-        """Reconstruct a packed row: tokens [T, 3P^2] to [T, 3P^2]."""
-        return self.decode_packed(self.encode_packed(packed))
+    def posterior(self, packed: PackedTokens, *, window: int | None = None) -> Posterior:
+        """Encode patches [T, 3P^2] to where their latents [T, c] may lie."""
+        self._require("encoder")
+        x_TW = packed.tokens.to(self.to_code.weight.dtype)
+        if self.config.encoder_width:
+            x_TW = self.patch_embed(x_TW)
+            x_TW = self._run_blocks(self.encoder_blocks, x_TW, packed, window)
+        return posterior_of(self.to_code(x_TW), self.config)
 
-    def encode_packed(self, packed: PackedTokens) -> PackedTokens:
-        """Encode patches [T, 3P^2] to latents [T, c], each of mean 0 and variance 1 over c."""
-        x_TW = self.patch_embed(packed.tokens.to(self.patch_embed.weight.dtype))
-        x_TW = _run_blocks(self.encoder_blocks, x_TW, packed, self.config.encoder_heads)
-        code = self.to_code(x_TW)
-        return packed.with_tokens(F.layer_norm(code.float(), code.shape[-1:], eps=1e-6))
+    def encode_packed(self, packed: PackedTokens, *, window: int | None = None) -> PackedTokens:
+        """Encode patches [T, 3P^2] to latents [T, c] float32: always the same for the same pixels.
 
-    def decode_packed(self, latents: PackedTokens) -> PackedTokens:
+        LayerNorm latents have mean 0 and variance 1 over c, tanh latents lie in (-1, 1), KL latents
+        are the mean of their posterior.
+        """
+        return packed.with_tokens(self.posterior(packed, window=window).mean)
+
+    def decode_packed(self, latents: PackedTokens, *, window: int | None = None) -> PackedTokens:
         """Decode latents [T, c] to patches [T, 3P^2]; not clamped."""
+        self._require("decoder")
         x_TW = self.decoder_embed(latents.tokens.to(self.decoder_embed.weight.dtype))
-        x_TW = _run_blocks(self.decoder_blocks, x_TW, latents, self.config.decoder_heads)
+        x_TW = self._run_blocks(self.decoder_blocks, x_TW, latents, window)
         return latents.with_tokens(self.to_pixels(x_TW))
 
-    @torch.no_grad()
-    def reset_parameters(self) -> None:
-        """Draw fresh weights from torch's generator: truncated normal (0.02), zero biases."""
-        for module in self.modules():
-            if isinstance(module, nn.Linear):
-                nn.init.trunc_normal_(module.weight, std=0.02)
-                if module.bias is not None:
-                    nn.init.zeros_(module.bias)
-            elif isinstance(module, RMSNorm):
-                nn.init.ones_(module.weight)
-            elif isinstance(module, LayerScale):
-                nn.init.constant_(module.gamma, module.initial)
+    def encode(
+        self, images: ImageLike | Iterable[ImageLike], *, window: int | None = None
+    ) -> list[Latent]:
+        """Encode images of any kind and size; see vitok.images.encode_images."""
+        return encode_images(self, images, window=window)
 
-    def num_parameters(self, part: Literal["encoder", "decoder"] | None = None) -> int:
+    def decode(
+        self, latents: Latent | Iterable[Latent], *, window: int | None = None
+    ) -> list[Tensor]:
+        """Decode to images [3, H, W] in [-1, 1]; see vitok.images.decode_latents."""
+        return decode_latents(self, latents, window=window)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        location: str | Path,
+        *,
+        part: Part | None = None,
+        dtype: torch.dtype = torch.float32,
+    ) -> "Autoencoder":
+        """Load a released or an exported model; see vitok.pretrained.load_pretrained."""
+        from vitok.pretrained import load_pretrained
+
+        return load_pretrained(location, part=part, dtype=dtype)
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write weights and config to a folder; see vitok.pretrained.save_pretrained."""
+        from vitok.pretrained import save_pretrained
+
+        save_pretrained(Path(folder), self.config, self.state_dict())
+
+    def num_parameters(self, part: Part | None = None) -> int:
         """Count parameters, of the whole or of one part."""
         return sum(
             parameter.numel()
@@ -183,24 +152,47 @@ class Autoencoder(nn.Module):
             if part is None or part_of(name) == part
         )
 
+    @property
+    def device(self) -> torch.device:
+        """Where the weights lie."""
+        return next(self.parameters()).device
 
-def part_of(parameter_name: str) -> Literal["encoder", "decoder"]:
+    @property
+    def dtype(self) -> torch.dtype:
+        """Precision of the weights, in which the blocks compute."""
+        return next(self.parameters()).dtype
+
+    def _run_blocks(
+        self, blocks: nn.ModuleList, x_TW: Tensor, packed: PackedTokens, window: int | None
+    ) -> Tensor:
+        if not blocks:
+            return x_TW
+        layout = attention_layout(
+            packed, x_TW.dtype, window=window, window_backend=self.window_backend
+        )
+        first = blocks[0]
+        assert isinstance(first, Block)
+        rotation = rope_rotation(packed.patch_coord, first.attn.head_dim)
+        for block in blocks:
+            x_TW = block(x_TW, rotation, layout)
+        return x_TW
+
+    def _require(self, part: Part) -> None:
+        if not hasattr(self, "to_code" if part == "encoder" else "to_pixels"):
+            other = "decoder" if part == "encoder" else "encoder"
+            raise ValueError(f"this model is a {other} alone; load it without part={other!r}")
+
+
+def part_of(parameter_name: str) -> Part:
     """Say which of the two released files a parameter belongs to."""
-    encoder = ("patch_embed.", "encoder_blocks.", "to_code.")
-    return "encoder" if parameter_name.startswith(encoder) else "decoder"
-
-
-def _run_blocks(
-    blocks: nn.ModuleList, x_TW: Tensor, packed: PackedTokens, num_heads: int
-) -> Tensor:
-    layout = attention_layout(packed)
-    rotation = rope_rotation(packed.patch_coord, x_TW.shape[-1] // num_heads)
-    for block in blocks:
-        x_TW = block(x_TW, rotation, layout)
-    return x_TW
+    return "encoder" if parameter_name.startswith(_ENCODER_MODULES) else "decoder"
 
 
 def num_tokens(height: int, width: int, patch_size: int) -> int:
     """Return the tokens of an image of height x width pixels."""
     rows, columns = grid_size(height, width, patch_size)
     return rows * columns
+
+
+# FSDP finds the tensors in the results of a forward pass through pytrees.
+torch.export.register_dataclass(Reconstruction)

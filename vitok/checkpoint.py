@@ -2,6 +2,7 @@
 
 import json
 import warnings
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,8 @@ from torch.distributed.checkpoint.state_dict import (
 )
 
 PROGRESS_FILE = "progress.json"
+_METADATA_FILE = ".metadata"  # torch.distributed.checkpoint writes it last
+_MODEL = "model."
 
 
 class TrainState:
@@ -60,6 +63,21 @@ class TrainState:
         return {"model": model, "optimizer": optimizer}
 
 
+def is_checkpoint(names: Collection[str]) -> bool:
+    """Whether a folder with files of these names is a finished checkpoint."""
+    return {_METADATA_FILE, PROGRESS_FILE} <= set(names)
+
+
+def weight_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of the model's parameters in a checkpoint, by name."""
+    metadata = dcp.FileSystemReader(folder).read_metadata().state_dict_metadata
+    return {
+        name.removeprefix(_MODEL): tuple(stored.size)
+        for name, stored in metadata.items()
+        if name.startswith(_MODEL) and isinstance(stored, TensorStorageMetadata)
+    }
+
+
 def load_weights(model: nn.Module, folder: Path) -> None:
     """Read the weights alone of a checkpoint into an unsharded model, in one process.
 
@@ -74,10 +92,9 @@ def load_weights(model: nn.Module, folder: Path) -> None:
 
 
 def _check_shapes(folder: Path, weights: dict[str, Any]) -> None:
-    metadata = dcp.FileSystemReader(folder).read_metadata().state_dict_metadata
+    stored = weight_shapes(folder)
     for name, tensor in weights.items():
-        stored = metadata.get(f"model.{name}")
-        shape = tuple(stored.size) if isinstance(stored, TensorStorageMetadata) else None
+        shape = stored.get(name)
         if shape != tuple(tensor.shape):
             found = "nothing" if shape is None else f"shape {shape}"
             raise ValueError(

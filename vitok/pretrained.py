@@ -1,70 +1,138 @@
-"""Weights in a folder: encoder.safetensors, decoder.safetensors and config.json."""
+"""Autoencoders to and from files: folders, object stores, Hugging Face, checkpoints of a training.
 
+Weights are two files, encoder.safetensors and decoder.safetensors, and perhaps our config.json.
+"""
+
+import difflib
 import hashlib
+import itertools
+import json
+import re
+import tempfile
 from pathlib import Path
+from typing import Any
 
+import pyarrow.fs
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from vitok.autoencoder import Autoencoder, AutoencoderConfig, part_of
-from vitok.config import read_config, write_config
+from vitok.autoencoder import Autoencoder, part_of
+from vitok.checkpoint import is_checkpoint, load_weights, weight_shapes
+from vitok.config import parse_config, write_config
+from vitok.hub import fetch, fetch_shapes
+from vitok.shapes import Shapes, config_of_shapes
+from vitok.storage import Folder
+from vitok.variants import RELEASED, AutoencoderConfig, Part, released_name
 
 CONFIG_FILE = "config.json"
-PARTS = ("encoder", "decoder")
+EXPORT = "export"
+PARTS: tuple[Part, Part] = ("encoder", "decoder")
+WEIGHT_FILES = tuple(f"{part}.safetensors" for part in PARTS)
+_RELEASED_REPOSITORY = "philippehansen/ViTok-v2-"
+_REPOSITORY = re.compile(r"\w[\w.-]*/\w[\w.-]*")
+_MAX_HEADER_BYTES = 100_000_000  # safetensors' own limit
 
 
-def save_pretrained(folder: Path, config: AutoencoderConfig, weights: dict[str, Tensor]) -> None:
-    """Write weights as the two files of a released model, plus the config.
+def load_pretrained(
+    location: str | Path, *, part: Part | None = None, dtype: torch.dtype = torch.float32
+) -> Autoencoder:
+    """Load an autoencoder from wherever its weights are; in eval mode, on the CPU.
+
+    The config is that of our config.json if there is one, or of a released model's name; else it
+    follows from the shapes of the weights. These do not tell tanh latents from LayerNorm; where
+    part is given and the other file is not there, the other side's fields have no meaning (see
+    vitok.shapes). A config.json of another format is passed over.
 
     Args:
-        weights: every parameter of Autoencoder(config) by name.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    for part in PARTS:
-        tensors = {name: x.contiguous() for name, x in weights.items() if part_of(name) == part}
-        save_file(tensors, folder / f"{part}.safetensors")
-    write_config(folder / CONFIG_FILE, config)
-
-
-def from_pretrained(folder: Path | str, dtype: torch.dtype = torch.float32) -> Autoencoder:
-    """Load an autoencoder from a folder that save_pretrained wrote; in eval mode, on the CPU.
+        location: a folder or `s3://` prefix that holds the weights, a training checkpoint, or the
+            `export` of a training run; a released model, as in `350M-f16x64`; or a Hugging Face
+            repository, `owner/name` or `owner/name@revision`. A local folder comes before a name.
+        part: load the encoder or the decoder alone; the other file's weights are not read, and of a
+            released model not downloaded. Of a checkpoint in an object store all is downloaded.
+        dtype: of the weights, whatever they are stored in.
 
     Raises:
-        FileNotFoundError: the folder lacks one of the files.
+        FileNotFoundError: there are no weights, or they cannot be downloaded.
         ValueError: a file is damaged, or the tensors are not those of the config; missing, surplus
             and mis-shaped ones are listed.
     """
-    folder = Path(folder)
-    for file in (CONFIG_FILE, *(f"{part}.safetensors" for part in PARTS)):
-        if not (folder / file).is_file():
-            raise FileNotFoundError(
-                f"{folder} holds no {file}; give the folder of exported weights (config.json, "
-                "encoder.safetensors, decoder.safetensors), such as RUN/export of a finished run"
+    given = str(location)
+    if isinstance(location, str) and "://" not in given and not Path(given).expanduser().exists():
+        name, _, revision = given.partition("@")
+        released = released_name(name)
+        if released and "/" not in name:
+            name = _RELEASED_REPOSITORY + released
+        if "/" not in name or _shape(name):
+            raise _unknown(given)
+        if _REPOSITORY.fullmatch(name):
+            return _load_repository(name, revision or "main", given, part, dtype)
+    return _load_folder(Folder.of(given), part, dtype)
+
+
+def load_checkpoint(
+    folder: Folder,
+    config: AutoencoderConfig | None = None,
+    *,
+    part: Part | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> Autoencoder:
+    """Load the weights of a training checkpoint, as load_pretrained does.
+
+    Args:
+        config: of the model; None for that of the run whose folder the checkpoint lies in or,
+            without one, for what the shapes of the weights tell.
+
+    Raises:
+        ValueError: the checkpoint is of another architecture.
+    """
+    with tempfile.TemporaryDirectory() as scratch:
+        local = folder.download(Path(scratch))
+        shapes = weight_shapes(local)
+        if config is None:
+            run = Folder(folder.uri.rpartition("/")[0])
+            config = _config_of_run(run) or config_of_shapes(shapes, folder.uri)
+        with torch.device("meta"):
+            model = Autoencoder(config, part)
+        wanted = {name: shapes[name] for name in shapes if part in (None, part_of(name))}
+        surplus = sorted(wanted.keys() - dict(model.named_parameters()).keys())
+        if surplus:
+            raise ValueError(
+                f"{folder.uri} is a checkpoint of another architecture: "
+                f"{_listed([f'{name} not expected' for name in surplus])}"
             )
-    config = read_config(folder / CONFIG_FILE, AutoencoderConfig)
-    with torch.device("meta"):
-        model = Autoencoder(config)
-    weights: dict[str, Tensor] = {}
+        load_weights(model.to_empty(device="cpu"), local)
+    return model.to(dtype).eval().requires_grad_(False)
+
+
+def save_pretrained(
+    folder: str | Path, config: AutoencoderConfig, weights: dict[str, Tensor]
+) -> None:
+    """Write weights as the two files of a released model, plus the config.
+
+    Args:
+        weights: every parameter of Autoencoder(config) by name; of an encoder or a decoder alone
+            there is one file.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
     for part in PARTS:
-        path = folder / f"{part}.safetensors"
-        try:
-            with safe_open(path, framework="pt") as file:
-                weights |= {name: file.get_tensor(name).to(dtype) for name in file.keys()}  # noqa: SIM118
-        except SafetensorError as error:
-            raise ValueError(f"{path} is damaged: {error}; copy it again") from error
-    _check_weights(model, weights, folder)
-    model.load_state_dict(weights, assign=True)
-    return model.eval().requires_grad_(False)
+        tensors = {name: x.contiguous() for name, x in weights.items() if part_of(name) == part}
+        if tensors:
+            save_file(tensors, folder / f"{part}.safetensors")
+    write_config(folder / CONFIG_FILE, config)
 
 
 def encoder_digest(model: Autoencoder) -> str:
-    """Return the sha256 (hex) of the encoder: its shape and every weight, as float32."""
+    """Return the sha256 (hex) of the encoder: all that makes its latents, weights as float32.
+
+    It is the same for the whole model and for its encoder alone.
+    """
     digest = hashlib.sha256()
     config = model.config
-    shape = (config.patch_size, config.latent_channels, config.encoder_heads)
-    digest.update(repr(shape).encode())
+    heads = config.encoder_heads if config.encoder_depth else 0
+    digest.update(repr((config.patch_size, config.latent_channels, heads, config.latent)).encode())
     for name, parameter in sorted(model.named_parameters()):
         if part_of(name) == "encoder":
             digest.update(f"{name}{tuple(parameter.shape)}".encode())
@@ -72,17 +140,178 @@ def encoder_digest(model: Autoencoder) -> str:
     return digest.hexdigest()
 
 
-def _check_weights(model: Autoencoder, weights: dict[str, Tensor], folder: Path) -> None:
-    expected = {name: tuple(p.shape) for name, p in model.named_parameters()}
-    found = {name: tuple(x.shape) for name, x in weights.items()}
-    complaints = [f"{name} missing" for name in expected.keys() - found.keys()]
-    complaints += [f"{name} not expected" for name in found.keys() - expected.keys()]
-    complaints += [
+def _load_folder(folder: Folder, part: Part | None, dtype: torch.dtype) -> Autoencoder:
+    names = set(folder.names())
+    if not names & set(WEIGHT_FILES):
+        if is_checkpoint(names):
+            return load_checkpoint(folder, part=part, dtype=dtype)
+        export = folder.child(EXPORT)
+        if set(export.names()) & set(WEIGHT_FILES):
+            return _load_folder(export, part, dtype)
+    for file in _files_of(part):
+        if file not in names:
+            raise _no_weights(folder, file)
+    config = _own_config(folder)
+    if config is None:
+        shapes: Shapes = {}
+        for file in sorted(names & set(WEIGHT_FILES)):
+            shapes = {**shapes, **_header(folder, file)}
+        config = config_of_shapes(shapes, folder.uri)
+    if folder.is_local:
+        return _build(config, part, Path(folder.uri), dtype, folder.uri)
+    with tempfile.TemporaryDirectory() as scratch:
+        for file in _files_of(part):
+            filesystem, path = pyarrow.fs.FileSystem.from_uri(f"{folder.uri}/{file}")
+            pyarrow.fs.copy_files(path, f"{scratch}/{file}", source_filesystem=filesystem)
+        return _build(config, part, Path(scratch), dtype, folder.uri)
+
+
+def _load_repository(
+    name: str, revision: str, given: str, part: Part | None, dtype: torch.dtype
+) -> Autoencoder:
+    wanted = _files_of(part)
+    if name.startswith(_RELEASED_REPOSITORY) and released_name(name):
+        files = fetch(name, revision, wanted, given=given)
+        return _build(AutoencoderConfig.from_name(name), part, files, dtype, given)
+    files = fetch(name, revision, wanted, [CONFIG_FILE], given=given)
+    local = Folder.of(str(files))
+    config = _own_config(local)
+    if config is None:
+        shapes: Shapes = {}
+        for file in WEIGHT_FILES:
+            if local.exists(file):
+                found = _header(local, file)
+            else:
+                found = fetch_shapes(name, files.name, file, given=given)
+            shapes = {**shapes, **found}
+        config = config_of_shapes(shapes, given)
+    return _build(config, part, files, dtype, given)
+
+
+def _build(
+    config: AutoencoderConfig, part: Part | None, files: Path, dtype: torch.dtype, source: str
+) -> Autoencoder:
+    """Fill an autoencoder from the files in a local folder; `source` names them in messages."""
+    with torch.device("meta"):
+        model = Autoencoder(config, part)
+    complaints: list[str] = []
+    for file in _files_of(part):
+        expected = {
+            name: tuple(parameter.shape)
+            for name, parameter in model.named_parameters()
+            if file == f"{part_of(name)}.safetensors"
+        }
+        complaints += _complaints(expected, _header(Folder.of(str(files)), file))
+    if complaints:
+        raise ValueError(f"{source} does not hold the weights of its config: {_listed(complaints)}")
+    weights: dict[str, Tensor] = {}
+    for file in _files_of(part):
+        try:
+            with safe_open(files / file, framework="pt") as opened:
+                for name in opened.keys():  # noqa: SIM118
+                    # A copy: the file may be replaced or deleted while the model is in use.
+                    weights[name] = opened.get_tensor(name).to(dtype, copy=True)
+        except SafetensorError as error:
+            raise ValueError(f"{files / file} is damaged: {error}; copy it again") from error
+    model.load_state_dict(weights, assign=True)
+    return model.eval().requires_grad_(False)
+
+
+def _files_of(part: Part | None) -> list[str]:
+    return [f"{side}.safetensors" for side in PARTS if part in (None, side)]
+
+
+def _header(folder: Folder, file: str) -> Shapes:
+    """Return the shapes of a safetensors file's tensors by name, reading its header alone."""
+    filesystem, path = pyarrow.fs.FileSystem.from_uri(f"{folder.uri}/{file}")
+    try:
+        with filesystem.open_input_file(path) as stream:
+            length = int.from_bytes(stream.read(8), "little")
+            if length > _MAX_HEADER_BYTES:
+                raise ValueError(f"a header of {length} bytes")
+            entries = json.loads(stream.read(length))
+        return {
+            name: tuple(entry["shape"]) for name, entry in entries.items() if name != "__metadata__"
+        }
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{folder.uri}/{file} is damaged: {error}; copy it again") from error
+
+
+def _complaints(expected: Shapes, found: Shapes) -> list[str]:
+    """Say what is wrong with the tensors of a file, a sentence of each kind in turn."""
+    missing = [f"{name} missing" for name in sorted(expected.keys() - found.keys())]
+    surplus = [f"{name} not expected" for name in sorted(found.keys() - expected.keys())]
+    misshapen = [
         f"{name} has shape {found[name]} where the config says {expected[name]}"
-        for name in expected.keys() & found.keys()
+        for name in sorted(expected.keys() & found.keys())
         if expected[name] != found[name]
     ]
-    if complaints:
-        shown = "; ".join(sorted(complaints)[:10])
-        more = f" and {len(complaints) - 10} more" if len(complaints) > 10 else ""
-        raise ValueError(f"{folder} does not hold the weights of its config: {shown}{more}")
+    rows = itertools.zip_longest(missing, surplus, misshapen)
+    return [complaint for row in rows for complaint in row if complaint]
+
+
+def _listed(complaints: list[str]) -> str:
+    more = f" and {len(complaints) - 10} more" if len(complaints) > 10 else ""
+    return "; ".join(complaints[:10]) + more
+
+
+def _own_config(folder: Folder) -> AutoencoderConfig | None:
+    """Read the config.json of save_pretrained; None where there is none, or one of others."""
+    fields = _read_json(folder)
+    if not _is_config(fields):
+        return None
+    return parse_config(AutoencoderConfig, fields, f"{folder.uri}/{CONFIG_FILE}")
+
+
+def _config_of_run(folder: Folder) -> AutoencoderConfig | None:
+    """Read the model's config out of that of a training run; None where there is none."""
+    fields = _read_json(folder)
+    if not isinstance(fields, dict) or "model" not in fields or not _is_config(fields["model"]):
+        return None
+    return parse_config(AutoencoderConfig, fields["model"], f"{folder.uri}/{CONFIG_FILE}")
+
+
+def _is_config(fields: Any) -> bool:
+    """Whether fields are meant as an AutoencoderConfig, right or wrong."""
+    return isinstance(fields, dict) and {"patch_size", "encoder_width"} <= fields.keys()
+
+
+def _read_json(folder: Folder) -> Any:
+    if not folder.exists(CONFIG_FILE):
+        return None
+    try:
+        return json.loads(folder.read_bytes(CONFIG_FILE))
+    except ValueError as error:
+        raise ValueError(f"{folder.uri}/{CONFIG_FILE} is not JSON: {error}") from error
+
+
+def _shape(name: str) -> AutoencoderConfig | None:
+    """Return the config that a name such as Ld4-L/16x64 means; it has no weights of its own."""
+    try:
+        return None if released_name(name) else AutoencoderConfig.from_name(name)
+    except ValueError:
+        return None
+
+
+def _no_weights(folder: Folder, file: str) -> FileNotFoundError:
+    if _config_of_run(folder):
+        return FileNotFoundError(
+            f"{folder.uri} is a training run without exported weights; give its folder "
+            f"{EXPORT}/, which is written when it ends, or one of its checkpoint folders"
+        )
+    return FileNotFoundError(
+        f"{folder.uri} holds no {file}; give the folder of exported weights "
+        f"({', '.join(WEIGHT_FILES)}, {CONFIG_FILE}), such as RUN/{EXPORT} of a finished run, or a "
+        "checkpoint folder of a run"
+    )
+
+
+def _unknown(given: str) -> FileNotFoundError:
+    shape = _shape(given)
+    alike = [name for name in RELEASED if AutoencoderConfig.from_name(name) == shape]
+    near = alike or difflib.get_close_matches(given, RELEASED, n=1, cutoff=0)
+    return FileNotFoundError(
+        f"{given!r} is neither a folder nor a model with weights; did you mean {near[0]}? Give a "
+        f"released model ({', '.join(RELEASED)}), a Hugging Face repository (owner/name or "
+        "owner/name@revision), or a folder or s3:// prefix of weights or of a checkpoint"
+    )

@@ -3,14 +3,21 @@
 Shape suffixes: T tokens of the row, W width, H heads, D head dimension.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from vitok.attention import AttentionLayout, packed_attention
 
 ROPE_THETA = 10_000.0
 NORM_EPS = 1e-6
+# Tokens that a block takes at a time without gradients, on the CPU and on CUDA. On the CPU larger
+# temporaries come fresh from the system each time, and clearing their pages costs more than
+# computing them; on CUDA small ones would be bound by launches.
+INFERENCE_CHUNK = (1024, 16384)
 
 
 def swiglu_hidden(width: int) -> int:
@@ -70,16 +77,21 @@ class Attention(nn.Module):
     def __init__(self, width: int, num_heads: int) -> None:
         super().__init__()
         self.num_heads = num_heads
+        self.head_dim = width // num_heads
         self.qkv_proj = nn.Linear(width, 3 * width, bias=False)  # output (3, heads, head_dim)
-        self.norm_q = RMSNorm(width // num_heads)
-        self.norm_k = RMSNorm(width // num_heads)
+        self.norm_q = RMSNorm(self.head_dim)
+        self.norm_k = RMSNorm(self.head_dim)
         self.out_proj = nn.Linear(width, width, bias=False)
 
     def forward(self, x_TW: Tensor, rotation: Tensor, layout: AttentionLayout) -> Tensor:
+        return self.out_proj(packed_attention(*self.project(x_TW, rotation), layout).flatten(1))
+
+    def project(self, x_TW: Tensor, rotation: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return q, k and v [T, H, D], as attention takes them."""
         q_THD, k_THD, v_THD = self.qkv_proj(x_TW).unflatten(-1, (3, self.num_heads, -1)).unbind(1)
         q_THD = apply_rope(self.norm_q(q_THD), rotation)
         k_THD = apply_rope(self.norm_k(k_THD), rotation)
-        return self.out_proj(packed_attention(q_THD, k_THD, v_THD, layout).flatten(1))
+        return q_THD, k_THD, v_THD
 
 
 class SwiGLU(nn.Module):
@@ -109,7 +121,14 @@ class LayerScale(nn.Module):
 
 
 class Block(nn.Module):
-    """`x + gamma * (attention(h) + swiglu(h))` with `h = RMSNorm(x)`."""
+    """`x + gamma * (attention(h) + swiglu(h))` with `h = RMSNorm(x)`.
+
+    Attributes:
+        recomputes: keep only the input, and compute the rest again in the backward pass.
+        compiled: a compiled `Block.compute`, which runs in its place.
+
+    Both are set by `vitok.parallel`.
+    """
 
     def __init__(self, width: int, num_heads: int, layer_scale: float) -> None:
         super().__init__()
@@ -117,7 +136,49 @@ class Block(nn.Module):
         self.attn = Attention(width, num_heads)
         self.ffn = SwiGLU(width)
         self.layer_scale = LayerScale(width, layer_scale)
+        self.recomputes = False
+        self.compiled: Callable[[Block, Tensor, Tensor, AttentionLayout], Tensor] | None = None
 
     def forward(self, x_TW: Tensor, rotation: Tensor, layout: AttentionLayout) -> Tensor:
+        compute = self.compiled or Block.compute
+        chunk = INFERENCE_CHUNK[x_TW.is_cuda]
+        if not torch.is_grad_enabled() and not self.compiled and len(x_TW) > chunk:
+            return self.compute_in_chunks(x_TW, rotation, layout, chunk)
+        if self.recomputes and torch.is_grad_enabled():
+            # A block draws no random numbers whose state would have to come back.
+            return checkpoint(
+                compute,
+                self,
+                x_TW,
+                rotation,
+                layout,
+                use_reentrant=False,
+                preserve_rng_state=False,
+            )
+        return compute(self, x_TW, rotation, layout)
+
+    def compute(self, x_TW: Tensor, rotation: Tensor, layout: AttentionLayout) -> Tensor:
+        """Do what the block does; unbound, so that one compiled function serves every block."""
         h_TW = self.norm1(x_TW)
         return x_TW + self.layer_scale(self.attn(h_TW, rotation, layout) + self.ffn(h_TW))
+
+    def compute_in_chunks(
+        self, x_TW: Tensor, rotation: Tensor, layout: AttentionLayout, chunk: int
+    ) -> Tensor:
+        """Do the same without gradients, all but attention a few tokens at a time.
+
+        The wide tensors inside the block (fc1's output has over five times its width) never exist
+        for a whole large image.
+        """
+        out_TW = torch.empty_like(x_TW)
+        qkv_T3HD = x_TW.new_empty(len(x_TW), 3, self.attn.num_heads, self.attn.head_dim)
+        parts = [slice(start, start + chunk) for start in range(0, len(x_TW), chunk)]
+        for part in parts:
+            h_TW = self.norm1(x_TW[part])
+            torch.stack(self.attn.project(h_TW, rotation[part]), dim=1, out=qkv_T3HD[part])
+            out_TW[part] = self.ffn(h_TW)
+        attended_TW = packed_attention(*qkv_T3HD.unbind(1), layout).flatten(1)
+        for part in parts:
+            branches_TW = self.attn.out_proj(attended_TW[part]) + out_TW[part]
+            torch.add(x_TW[part], self.layer_scale(branches_TW), out=out_TW[part])
+        return out_TW

@@ -1,9 +1,12 @@
 import json
+from pathlib import Path
 
 import pytest
 import torch
 
+from jobs.bench_inference import Case, growth
 from jobs.cli import main
+from pipelines.baselines import SHAPES, random_baseline
 
 
 def test_attention_benchmark_ends_with_its_figures_as_json(
@@ -21,7 +24,7 @@ def test_attention_benchmark_ends_with_its_figures_as_json(
     assert figures.pop("benchmark") == "attention"
     assert figures.pop("threads") == 1
     assert figures.pop("torch") == torch.__version__
-    assert figures.pop("machine")
+    assert figures.pop("device")
     assert set(figures) == {
         f"{candidate}_{part}_ms"
         for candidate in (
@@ -33,3 +36,82 @@ def test_attention_benchmark_ends_with_its_figures_as_json(
         for part in ("forward", "backward")
     }
     assert all(milliseconds > 0 for milliseconds in figures.values())
+
+
+def run_inference(capsys: pytest.CaptureFixture[str], *arguments: object) -> dict:
+    threads = torch.get_num_threads()
+    try:
+        given = [str(argument) for argument in ("--threads", 1, "--repeats", 1, *arguments)]
+        assert main(["bench", "inference", *given]) == 0
+    finally:
+        torch.set_num_threads(threads)
+    return json.loads(capsys.readouterr().out.splitlines()[-1])
+
+
+def test_inference_benchmark_has_a_case_for_every_subject_and_resolution(
+    capsys: pytest.CaptureFixture[str], tiny_weights: Path
+) -> None:
+    pytest.importorskip("diffusers")
+    figures = run_inference(
+        capsys,
+        *("--model", tiny_weights, "--windows", 1, "full", "--resolutions", 96, 64),
+        *("--baselines", "sd-vae"),
+    )
+    cases = figures["cases"]
+    assert [(case["subject"], case["window"], case["resolution"]) for case in cases] == [
+        *((str(tiny_weights), window, side) for window in ("1", "full") for side in (64, 96)),
+        *(("sd-vae", "", side) for side in (64, 96)),
+    ]
+    for case in cases:
+        assert case["seconds"] > 0
+        assert case["process_mb"] > case["peak_mb"] >= 0
+        assert case["skipped"] == ""
+        assert (case["psnr"] is None) == (case["subject"] == "sd-vae")
+    assert figures["window_time_per_pixel_4096_over_1024"] is None
+
+
+def test_a_model_by_name_reconstructs_from_a_pca_of_the_photograph(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    figures = run_inference(capsys, "--model", "linear-Bd1/16x64", "--resolutions", 128, "--json")
+    assert [case["window"] for case in figures["cases"]] == ["8", "full"]
+    for case in figures["cases"]:
+        assert case["psnr"] > 20
+
+
+def test_a_case_that_would_take_too_long_or_too_much_memory_is_left_out_and_says_so(
+    capsys: pytest.CaptureFixture[str], tiny_weights: Path
+) -> None:
+    common = ("--model", tiny_weights, "--windows", 1, "--resolutions", 64, 512)
+    for limit, sentence in (
+        (("--limit-s", 0), "s expected, more than --limit-s 0"),
+        (("--limit-gb", -1), "GB expected, more than --limit-gb -1"),
+    ):
+        first, second = run_inference(capsys, *common, *limit)["cases"]
+        assert not first["skipped"]
+        assert sentence in second["skipped"]
+        assert second["seconds"] is None
+
+
+def test_growth_compares_figures_per_pixel_of_the_window_alone() -> None:
+    def case(window: str, side: int, seconds: float) -> Case:
+        return Case("m", window, side, seconds=seconds, peak_mb=seconds * 100)
+
+    cases = [case("8", 1024, 2.0), case("8", 4096, 40.0), case("full", 4096, 1e6)]
+    assert growth(cases, "seconds") == pytest.approx(1.25)
+    assert growth(cases, "peak_mb") == pytest.approx(1.25)
+    assert growth(cases[:1], "seconds") is None
+
+
+@pytest.mark.parametrize(("name", "millions"), [("sd-vae", 83.7), ("flux", 83.8), ("dc-ae", 312.3)])
+def test_baselines_have_the_size_of_the_published_models(name: str, millions: float) -> None:
+    pytest.importorskip("diffusers")
+    with torch.device("meta"):
+        model = random_baseline(name, torch.float32)
+    assert sum(p.numel() for p in model.parameters()) / 1e6 == pytest.approx(millions, rel=0.01)
+
+
+def test_a_baseline_that_is_not_there_is_named() -> None:
+    assert len(SHAPES) == 3
+    with pytest.raises(ValueError, match="no baseline 'sdvae', only sd-vae, flux, dc-ae"):
+        random_baseline("sdvae", torch.float32)

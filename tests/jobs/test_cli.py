@@ -26,7 +26,7 @@ from pipelines.latents import (
     write_manifest,
     write_unit,
 )
-from pipelines.storage import Folder
+from vitok.storage import Folder
 
 
 class Outcome(NamedTuple):
@@ -99,7 +99,7 @@ def test_wrong_field_is_named(vitok, arguments: list[str], named: list[str]) -> 
 
 
 HELPS = [
-    *([name] for name in ("quickstart", "evaluate", "reconstruct", "encode", "ui")),
+    *([name] for name in ("quickstart", "evaluate", "reconstruct", "models", "encode", "ui")),
     *(["train", name] for name in TRAINING),
     ["corpus", "index"],
     ["latents", "verify"],
@@ -248,7 +248,7 @@ def broken_models(tmp_path: Path, tiny_weights: Path) -> dict[Path, str]:
     decoder = (tiny_weights / "decoder.safetensors").read_bytes()
     encoder = (tiny_weights / "encoder.safetensors").read_bytes()
     folders: dict[str, tuple[dict[str, bytes], str]] = {
-        "empty": ({}, "holds no config.json; give the folder of exported weights"),
+        "empty": ({}, "holds no encoder.safetensors; give the folder of exported weights"),
         "without-decoder": (
             {"config.json": json.dumps(config).encode(), "encoder.safetensors": encoder},
             "holds no decoder.safetensors; give the folder",
@@ -288,7 +288,9 @@ def broken_models(tmp_path: Path, tiny_weights: Path) -> dict[Path, str]:
         for file, data in files.items():
             (tmp_path / name / file).write_bytes(data)
         expected[tmp_path / name] = sentence
-    expected[tmp_path / "nowhere"] = "holds no config.json; give the folder of exported weights"
+    expected[tmp_path / "nowhere"] = (
+        "holds no encoder.safetensors; give the folder of exported weights"
+    )
     return expected
 
 
@@ -342,10 +344,15 @@ def test_reconstruct_writes_original_reconstruction_and_error(
         assert 3 < float(re.search(r"PSNR (\S+) dB", line)[1]) < 30
     shrunk = vitok(
         *("reconstruct", tmp_path / "photos/one.jpg", "--model", tiny_weights),
-        *("--out", out, "--token-budget", 8),
+        *("--out", out, "--resolution", 45, "--window", 1, "--json"),
     )
     assert shrunk.status == 0
-    assert " 8 tokens" in shrunk.out
+    *_, line, document = shrunk.out.splitlines()
+    assert " 8 tokens" in line
+    (result,) = json.loads(document)
+    assert result["num_tokens"] == 8
+    assert result["seconds"] > 0
+    assert Path(result["picture"]) == out / "one.png"
 
 
 def test_pictures_of_equal_file_names_do_not_overwrite_each_other(
@@ -455,7 +462,9 @@ def test_encode_without_corpus_or_model_fails_before_it_encodes(
     sentence = complaint(
         vitok("encode", "--manifest", sample_manifests[0], "--model", nowhere, *out)
     )
-    assert f"{nowhere} holds no config.json; give the folder of exported weights" in sentence
+    assert (
+        f"{nowhere} holds no encoder.safetensors; give the folder of exported weights" in sentence
+    )
     assert not (tmp_path / "cache").exists()
 
 

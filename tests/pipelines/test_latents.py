@@ -22,7 +22,7 @@ from pipelines.latents import (
     write_manifest,
     write_unit,
 )
-from pipelines.storage import Folder
+from vitok.storage import Folder
 
 CHANNELS = 5
 IDENTITY = CacheIdentity(

@@ -11,9 +11,9 @@ from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
 from PIL import Image
 
-from pipelines.storage import Folder
 from pipelines.tracking import Tracker, TrackingConfig, open_run, tracking_uri
 from vitok.config import config
+from vitok.storage import Folder
 
 
 @config

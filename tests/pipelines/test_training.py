@@ -21,17 +21,20 @@ from pipelines.runs import RunConfig, latest_checkpoint, next_step
 from pipelines.tracking import tracking_uri
 from pipelines.train_autoencoder import (
     AutoencoderTraining,
-    build_model,
     export_weights,
+    initialize,
+    latent_noise,
     load_autoencoder,
     plan_of,
     prepare,
     read_settings,
     run_training,
 )
+from vitok.autoencoder import Autoencoder
 from vitok.config import write_config
 from vitok.losses import ReconstructionLoss
 from vitok.optim import build_optimizer, learning_rate
+from vitok.parallel import ParallelConfig
 
 DRIVER = Path(__file__).with_name("recording_training.py")
 
@@ -43,7 +46,8 @@ def train_plainly(settings: AutoencoderTraining) -> tuple[list[float], dict[str,
         the mean loss of every step, and the final weights.
     """
     plan = plan_of(settings)
-    model = build_model(settings, plan)
+    model = Autoencoder(settings.model)
+    initialize(model, settings, plan)
     optimizer = build_optimizer(model, settings.optim)
     loss_of = ReconstructionLoss(settings.loss)
     num_images = sum(stage.steps * stage.images_per_step for stage in plan.stages)
@@ -58,7 +62,8 @@ def train_plainly(settings: AutoencoderTraining) -> tuple[list[float], dict[str,
         total = torch.zeros(())
         for row in rows:
             packed, position = row.to_packed(torch.device("cpu"))
-            total = total + loss_of(model(packed), packed, position)["loss"]
+            noise = latent_noise(settings.model, row, packed.tokens.device)
+            total = total + loss_of(model(packed, noise=noise), packed, position)["loss"]
         (total / images).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), settings.optim.clip_norm)
         optimizer.step()
@@ -102,8 +107,15 @@ def test_killed_run_resumes_with_the_same_samples_and_losses_as_one_never_killed
     notes.mkdir()
     settings = replace(
         tiny_training,
+        # KL latents are trained with noise, which must come back too.
+        model=replace(tiny_training.model, latent="kl"),
         stages=(replace(tiny_training.stages[0], steps=14), tiny_training.stages[1]),
-        run=replace(tiny_training.run, checkpoint_every=3, evaluate_every=100),
+        run=replace(
+            tiny_training.run,
+            checkpoint_every=3,
+            evaluate_every=100,
+            parallel=ParallelConfig(checkpoint_every=2),
+        ),
     )
     num_steps = plan_of(settings).num_steps
 

@@ -1,10 +1,12 @@
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
-from vitok.autoencoder import Autoencoder, AutoencoderConfig
+from vitok.autoencoder import Autoencoder
+from vitok.variants import AutoencoderConfig
 
 
 @pytest.fixture(autouse=True)
@@ -21,7 +23,7 @@ def one_seed_and_one_thread() -> Iterator[None]:
 def make_autoencoder() -> Callable[..., Autoencoder]:
     """Build a tiny autoencoder in which no parameter has a value that would hide its absence."""
 
-    def make(seed: int = 0, **shape: int) -> Autoencoder:
+    def make(seed: int = 0, **shape: Any) -> Autoencoder:
         tiny = {
             "patch_size": 8,
             "latent_channels": 6,

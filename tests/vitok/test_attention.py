@@ -4,7 +4,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from vitok import attention
-from vitok.attention import AttentionLayout, attention_layout, packed_attention
+from vitok.attention import attention_layout, packed_attention
 from vitok.packed import PackedTokens, layout_of
 
 NUM_HEADS, HEAD_DIM = 3, 8
@@ -55,7 +55,7 @@ def test_packed_attention_equals_dense_attention_under_a_block_mask(
     row: PackedTokens, max_explicit_tokens: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(attention, "MAX_EXPLICIT_TOKENS", max_explicit_tokens)
-    actual = outputs_and_gradients(packed_attention, row, attention_layout(row))
+    actual = outputs_and_gradients(packed_attention, row, attention_layout(row, torch.float32))
     expected = outputs_and_gradients(dense_attention, row, row)
     for got, wanted in zip(actual, expected, strict=True):
         torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-6)
@@ -75,42 +75,52 @@ def test_long_images_run_the_fused_kernel_and_short_ones_do_not(monkeypatch):
         [(1, 4), (1, 5), (1, 1)], patch_size=1, row_tokens=12, max_images=3, max_seqlen=5
     )
     q, k, v = torch.randn(3, 12, NUM_HEADS, HEAD_DIM).unbind()
-    packed_attention(q, k, v, attention_layout(row))
+    packed_attention(q, k, v, attention_layout(row, torch.float32))
     assert lengths == [5]
 
 
 def test_a_row_without_images_has_gradients_of_zeros():
     row = layout_of([], patch_size=1, row_tokens=6, max_images=2, max_seqlen=4)
-    for x in outputs_and_gradients(packed_attention, row, attention_layout(row)):
+    for x in outputs_and_gradients(packed_attention, row, attention_layout(row, torch.float32)):
         assert torch.equal(x, torch.zeros(6, NUM_HEADS, HEAD_DIM))
 
 
 def test_layout_says_where_images_lie():
     row = layout_of([(2, 2), (1, 3)], patch_size=1, row_tokens=9, max_images=4, max_seqlen=5)
-    layout = attention_layout(row)
-    assert layout.lengths == (4, 3)
+    layout = attention_layout(row, torch.float32)
+    assert layout.grids == ((2, 2), (1, 3))
     assert layout.cu_seqlens.tolist() == [0, 4, 7, 7, 7]
     assert layout.is_real.shape == (9, 1, 1)
     assert layout.is_real.flatten().tolist() == [True] * 7 + [False] * 2
     assert layout.max_seqlen == 5
 
 
-def test_lengths_are_read_from_the_bounds_where_the_layout_has_none():
+def test_windows_reach_every_image_with_its_own_grid(monkeypatch):
+    calls = []
+
+    def record(q, k, v, grid, radius, backend):
+        calls.append((q.shape[1], grid, radius, backend))
+        return v
+
+    monkeypatch.setattr(attention, "window_attention", record)
     row = layout_of([(2, 2), (1, 3)], patch_size=1, row_tokens=9, max_images=4, max_seqlen=5)
-    known = attention_layout(row)
-    unknown = AttentionLayout(known.cu_seqlens, known.is_real, known.max_seqlen, lengths=None)
-    for a, b in zip(
-        outputs_and_gradients(packed_attention, row, known),
-        outputs_and_gradients(packed_attention, row, unknown),
-        strict=True,
-    ):
-        assert torch.equal(a, b)
+    layout = attention_layout(row, torch.float32, window=8, window_backend="flex")
+    packed_attention(*torch.randn(3, 9, NUM_HEADS, HEAD_DIM).unbind(), layout)
+    assert calls == [(4, (2, 2), 8, "flex"), (3, (1, 3), 8, "flex")]
+
+
+def test_a_negative_window_is_refused():
+    row = layout_of([(2, 2)], patch_size=1, row_tokens=4, max_images=1, max_seqlen=4)
+    with pytest.raises(ValueError, match="window=-1 must be at least 0, or None for full"):
+        attention_layout(row, torch.float32, window=-1)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="flash attention needs a CUDA device")
 def test_flash_attention_equals_dense_attention_under_a_block_mask(row: PackedTokens) -> None:
     to = {"device": "cuda", "dtype": torch.bfloat16}
-    actual = outputs_and_gradients(packed_attention, row, attention_layout(row.to("cuda")), **to)
+    actual = outputs_and_gradients(
+        packed_attention, row, attention_layout(row.to("cuda"), torch.bfloat16), **to
+    )
     expected = outputs_and_gradients(dense_attention, row, row, device="cuda", dtype=torch.float32)
     for got, wanted in zip(actual, expected, strict=True):
         torch.testing.assert_close(got.float(), wanted, rtol=5e-2, atol=5e-2)

@@ -2,13 +2,17 @@ from collections.abc import Callable
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
 
 from vitok.autoencoder import Autoencoder
-from vitok.initialize import start_from_pca
+from vitok.initialize import start_at_random, start_from_pca
 from vitok.metrics import constant_patches, psnr
 from vitok.packed import pack_images, unpack_images
+from vitok.parallel import shard_model
 
 CHANNELS = 24
 
@@ -26,7 +30,7 @@ def images() -> list[Tensor]:
 @pytest.fixture
 def started(make_autoencoder: Callable[..., Autoencoder], images: list[Tensor]) -> Autoencoder:
     model = make_autoencoder(latent_channels=CHANNELS, encoder_width=64, decoder_width=96)
-    model.reset_parameters()
+    start_at_random(model, seed=0)
     start_from_pca(model, pack_images(images, patch_size=8).tokens)
     return model
 
@@ -41,7 +45,7 @@ def without_blocks(model: Autoencoder) -> Autoencoder:
 
 @torch.no_grad()
 def mean_psnr(model: Autoencoder, images: list[Tensor]) -> float:
-    outputs = unpack_images(model(pack_images(images, patch_size=8)), 8)
+    outputs = unpack_images(model(pack_images(images, patch_size=8)).pixels, 8)
     return sum(psnr(a, b) for a, b in zip(outputs, images, strict=True)) / len(images)
 
 
@@ -85,3 +89,60 @@ def test_pca_start_leaves_the_blocks_alone(make_autoencoder, images):
         assert torch.equal(a, b) == ("_blocks." in name), name
         num_equal += torch.equal(a, b)
     assert num_equal == 3 * 8
+
+
+def test_random_weights_depend_on_the_seed_alone(make_autoencoder):
+    model = make_autoencoder(encoder_width=64, decoder_width=48)
+    start_at_random(model, seed=3)
+    first = {name: p.detach().clone() for name, p in model.named_parameters()}
+    torch.rand(5)
+    start_at_random(model, seed=3)
+    assert all(torch.equal(first[name], p) for name, p in model.named_parameters())
+    start_at_random(model, seed=4)
+    assert not torch.equal(first["patch_embed.weight"], model.patch_embed.weight)
+
+    for name, parameter in first.items():
+        if "norm" in name:
+            assert (parameter == 1).all(), name
+        elif "gamma" in name:
+            assert (parameter == model.config.layer_scale).all(), name
+        elif "bias" in name:
+            assert (parameter == 0).all(), name
+        else:
+            assert float(parameter.std()) == pytest.approx(0.02, rel=0.2), name
+    same_shape = [first[f"decoder_blocks.{i}.attn.out_proj.weight"] for i in range(2)]
+    assert not torch.equal(*same_shape)
+
+
+def test_a_linear_encoder_starts_from_the_same_pca(make_autoencoder, images):
+    linear = {"encoder_width": 0, "encoder_depth": 0, "encoder_heads": 0}
+    model = make_autoencoder(latent_channels=CHANNELS, decoder_width=96, **linear)
+    start_at_random(model, seed=0)
+    start_from_pca(model, pack_images(images, patch_size=8).tokens)
+    exact = pca_psnr(images, CHANNELS - 2)
+    assert exact - 1.5 < mean_psnr(without_blocks(model), images) <= exact + 0.01
+
+
+def test_pca_start_is_for_layernorm_latents(make_autoencoder):
+    with pytest.raises(ValueError, match="not for latent='kl'; start at random"):
+        start_from_pca(make_autoencoder(latent="kl", latent_channels=24), torch.randn(500, 192))
+
+
+def test_sharded_models_start_with_the_same_weights(make_autoencoder, images, tmp_path):
+    config = make_autoencoder(latent_channels=CHANNELS, encoder_width=64, decoder_width=96).config
+    whole = Autoencoder(config)
+    with torch.device("meta"):
+        sharded = Autoencoder(config)
+    store = dist.FileStore(str(tmp_path / "store"), 1)
+    dist.init_process_group("gloo", store=store, rank=0, world_size=1)
+    try:
+        shard_model(sharded, init_device_mesh("cpu", (1,)), torch.float32)
+        sharded.to_empty(device="cpu")
+        for model in (whole, sharded):
+            start_at_random(model, seed=1)
+            start_from_pca(model, pack_images(images, patch_size=8).tokens)
+        for (name, a), b in zip(whole.named_parameters(), sharded.parameters(), strict=True):
+            assert isinstance(b, DTensor), name
+            assert torch.equal(a, b.full_tensor()), name
+    finally:
+        dist.destroy_process_group()

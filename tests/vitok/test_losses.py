@@ -1,3 +1,4 @@
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -5,54 +6,31 @@ import pytest
 import pytorch_msssim
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
+from tests.vitok.packed_rows import image_pairs, pack, padded_to, paint_beyond_edges, tile_of
 from vitok import losses
+from vitok.autoencoder import Autoencoder, Reconstruction
+from vitok.bottleneck import posterior_of
 from vitok.losses import (
-    DINO_TILE,
-    DinoTileLoss,
     LossConfig,
     ReconstructionLoss,
     charbonnier,
-    gather_tiles,
     ssim_map,
     ssim_tile_loss,
+    sum_of_image_means,
 )
-from vitok.packed import PackedTokens, pack_images
+from vitok.packed import PackedTokens, layout_of
+from vitok.variants import AutoencoderConfig
 
 PATCH = 8
 
 
-def image_pairs(sizes: list[tuple[int, int]]) -> tuple[list[Tensor], list[Tensor]]:
-    targets = [torch.rand(3, height, width) * 2 - 1 for height, width in sizes]
-    return [(x + 0.2 * torch.randn_like(x)) for x in targets], targets
+def padded(image: Tensor) -> Tensor:
+    return padded_to(image, *(-(-side // PATCH) * PATCH for side in image.shape[1:]))
 
 
-def pack(images: list[Tensor], extra_tokens: int = 5, extra_slots: int = 2) -> PackedTokens:
-    """Pack images with something other than gray beyond their edges and in the padding."""
-    num_tokens = len(pack_images(images, patch_size=PATCH).tokens)
-    packed = pack_images(
-        images,
-        patch_size=PATCH,
-        row_tokens=num_tokens + extra_tokens,
-        max_images=len(images) + extra_slots,
-    )
-    packed.tokens[num_tokens:] = torch.randn(extra_tokens, 3 * PATCH**2)
-    return packed
-
-
-def padded(image: Tensor, side: int = PATCH) -> Tensor:
-    return F.pad(image, (0, -image.shape[2] % side, 0, -image.shape[1] % side))
-
-
-def tile_of(image: Tensor, position: Tensor, patches: int) -> Tensor:
-    """Slice the tile out of an image: aligned to patches, at most as large as the image."""
-    starts = []
-    for side, place in zip(image.shape[1:], position.tolist(), strict=True):
-        slack = max(0, -(-side // PATCH) - patches)
-        starts.append(min(slack, int(place * (slack + 1))) * PATCH)
-    top, left = starts
-    return image[:, top : top + patches * PATCH, left : left + patches * PATCH]
+def reconstruction_of(pixels: PackedTokens, kl_T: Tensor | None = None) -> Reconstruction:
+    return Reconstruction(pixels=pixels, latents=pixels, kl_T=kl_T)
 
 
 def test_charbonnier_is_the_mean_of_each_image_summed_over_images():
@@ -68,39 +46,6 @@ def test_charbonnier_is_the_mean_of_each_image_summed_over_images():
 def test_charbonnier_of_equal_images_is_a_thousandth_each():
     row = pack([torch.rand(3, 16, 8), torch.rand(3, 8, 8)])
     assert float(charbonnier(row, row)) == pytest.approx(2e-3, rel=1e-5)
-
-
-@pytest.mark.parametrize("tile_patches", [1, 2, 4])
-@pytest.mark.parametrize("place", [0.0, 0.3, 0.5, 0.9999999])
-def test_gathered_tiles_are_slices_of_the_images(tile_patches: int, place: float) -> None:
-    images = [torch.rand(3, *size) for size in [(40, 17), (8, 8), (24, 64), (3, 5)]]
-    position = torch.full((6, 2), place)
-    position[:, 1] = 1 - 2**-20 - place  # the row and the column must not be confused
-    tiles, extent = gather_tiles(pack(images), position, tile_patches)
-
-    side = tile_patches * PATCH
-    assert tiles.shape == (6, 3, side, side)
-    for image, tile, size, where in zip(images, tiles, extent, position, strict=False):
-        inside = tile_of(image, where, tile_patches)
-        height, width = inside.shape[1:]
-        assert size.tolist() == [height, width]
-        assert torch.equal(tile, F.pad(inside, (0, side - width, 0, side - height)))
-    assert extent[4:].tolist() == [[0, 0], [0, 0]]
-    assert not tiles[4:].any()
-
-
-def test_every_place_of_a_tile_is_reached_and_equally_wide():
-    image = torch.rand(3, 5 * PATCH, PATCH)
-    steps = (torch.arange(400) + 0.5) / 400
-    tops = []
-    for place in steps:
-        tile, _ = gather_tiles(pack([image]), torch.full((3, 2), float(place)), 2)
-        tops += [
-            top
-            for top in range(4)
-            if torch.equal(tile[0, :, :PATCH, :PATCH], image[:, top * PATCH : (top + 1) * PATCH])
-        ]
-    assert tops == [0] * 100 + [1] * 100 + [2] * 100 + [3] * 100
 
 
 @pytest.mark.parametrize("size", [11, 16, 40])
@@ -133,6 +78,31 @@ def test_ssim_map_can_be_trained_after_it_was_used_for_inference():
     assert x.grad.any()
 
 
+def test_ssim_is_computed_in_float32_under_autocast():
+    x, y = torch.rand(2, 1, 3, 24, 24)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert (x[0] @ y[0]).dtype == torch.bfloat16
+        under_autocast = ssim_map(x, y)
+    assert torch.equal(under_autocast, ssim_map(x, y))
+
+
+def test_the_window_is_made_once_for_every_device():
+    host, meta = torch.device("cpu"), torch.device("meta")
+    assert losses._gaussian_band(16, host) is losses._gaussian_band(16, host)
+    assert losses._gaussian_band(16, meta) is losses._gaussian_band(16, meta)
+    assert losses._gaussian_band(16, meta).device == meta
+    assert losses._gaussian_band(16, host).device == host
+
+
+# Dynamo looks through the cache of the window, and says so.
+@pytest.mark.filterwarnings("ignore:Dynamo detected a call to a `functools.lru_cache`")
+def test_ssim_compiles_as_one_graph_and_leaves_the_cache_usable():
+    x, y = torch.rand(2, 1, 3, 24, 24)
+    losses._gaussian_band.cache_clear()
+    compiled = torch.compile(ssim_map, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(x, y), ssim_map(x, y))
+
+
 # (10, 40) and (8, 8) hold no window of 11 pixels; (17, 13) and (24, 21) are smaller than the tile.
 SIZES = [(64, 40), (17, 13), (10, 40), (24, 21), (8, 8), (11, 11)]
 
@@ -141,13 +111,8 @@ SIZES = [(64, 40), (17, 13), (10, 40), (24, 21), (8, 8), (11, 11)]
 def test_ssim_tile_loss_equals_pytorch_msssim_on_the_tiles(tile_pixels: int) -> None:
     outputs, targets = image_pairs(SIZES)
     position = torch.rand(len(SIZES) + 2, 2)
-    output, target = pack(outputs), pack(targets)
     # Whatever the decoder paints beyond the edge of an image must not count.
-    for i, (height, width) in enumerate(SIZES):
-        begin, end = (int(bound) for bound in output.cu_seqlens[i : i + 2])
-        canvas = torch.randn_like(padded(outputs[i]))
-        canvas[:, :height, :width] = outputs[i]
-        output.tokens[begin:end] = pack_images([canvas], patch_size=PATCH).tokens
+    output, target = paint_beyond_edges(pack(outputs)), pack(targets)
     actual = ssim_tile_loss(output, target, position, tile_pixels)
 
     expected, num_counted = 0.0, 0
@@ -170,102 +135,111 @@ def test_images_without_a_window_add_no_ssim_loss_and_no_gradient():
     assert torch.equal(output.tokens.grad, torch.zeros_like(output.tokens))
 
 
-def dino_distance(network: nn.Module, output: Tensor, target: Tensor) -> float:
-    """Follow the definition on one pair of 224 x 224 tiles [3, 224, 224], block by block."""
-    states: list[Tensor] = []
-    hooks = [
-        layer.register_forward_hook(lambda module, args, out: states.append(out))
-        for layer in network.model.layer
-    ]
-    mean = torch.tensor([0.485, 0.456, 0.406])[:, None, None]
-    std = torch.tensor([0.229, 0.224, 0.225])[:, None, None]
-    with torch.no_grad():
-        for tile in (output, target):
-            network((((tile + 1) / 2 - mean) / std)[None])
-    for hook in hooks:
-        hook.remove()
-    depth = len(hooks)
-    assert len(states) == 2 * depth
-    distances = []
-    for a, b in zip(states[:depth], states[depth:], strict=True):
-        a, b = (state[0].double() for state in (a, b))
-        a, b = (state / state.norm(dim=-1, keepdim=True) for state in (a, b))
-        distances.append(float(((a - b) ** 2).mean()))
-    return sum(distances) / depth
-
-
-def test_dino_loss_equals_its_definition_on_each_tile(tiny_dino: nn.Module) -> None:
-    outputs, targets = image_pairs([(232, 248), (24, 16)])
-    position = torch.tensor([[0.6, 0.9], [0.5, 0.5], [0.1, 0.1]])
-    loss = DinoTileLoss(tiny_dino)
-    actual = loss(pack(outputs, extra_slots=1), pack(targets, extra_slots=1), position)
+def test_kl_loss_equals_its_closed_form_by_loops():
+    """The mean over an image's tokens and channels, summed over the images."""
+    targets = [torch.rand(3, *size) for size in [(8, 8), (24, 17)]]
+    target = pack(targets)
+    config = AutoencoderConfig(latent="kl", latent_channels=3, patch_size=PATCH)
+    code = torch.randn(len(target.tokens), 6)
+    kl_T = posterior_of(code, config).kl_T
+    terms = ReconstructionLoss(LossConfig(kl=0.25))(
+        reconstruction_of(target, kl_T), target, torch.rand(4, 2)
+    )
 
     expected = 0.0
-    for output, target, where in zip(outputs, targets, position, strict=False):
-        tiles = [tile_of(image, where, DINO_TILE // PATCH) for image in (output, target)]
-        tiles = [F.pad(x, (0, 224 - x.shape[2], 0, 224 - x.shape[1])) for x in tiles]
-        expected += dino_distance(tiny_dino, *tiles)
-    assert expected > 1e-4
-    assert float(actual) == pytest.approx(expected, rel=1e-5)
+    for begin, end in [(0, 1), (1, 10)]:
+        divergences = []
+        for token in code[begin:end].double():
+            for mean, log_variance in zip(token[:3], token[3:], strict=True):
+                posterior = torch.distributions.Normal(mean, (0.5 * log_variance).exp())
+                prior = torch.distributions.Normal(torch.zeros_like(mean), torch.ones_like(mean))
+                divergences.append(float(torch.distributions.kl_divergence(posterior, prior)))
+        expected += sum(divergences) / len(divergences)
+    assert expected > 0.1
+    assert float(terms["kl"]) == pytest.approx(expected, rel=1e-5)
+    without = ReconstructionLoss(LossConfig(kl=0.0))(
+        reconstruction_of(target, kl_T), target, torch.rand(4, 2)
+    )
+    # SSIM and Charbonnier of equal images do not depend on the place of the tile.
+    torch.testing.assert_close(terms["loss"], without["loss"] + 0.25 * terms["kl"])
 
 
-def test_dino_gradients_reach_the_reconstruction_and_not_the_network(tiny_dino: nn.Module) -> None:
-    outputs, targets = image_pairs([(24, 16)])
-    output, target = pack(outputs), pack(targets)
-    output.tokens.requires_grad_()
-    target.tokens.requires_grad_()
-    loss = DinoTileLoss(tiny_dino)
-    assert loss(target, target, torch.rand(3, 2)) == 0
-    loss(output, target, torch.rand(3, 2)).backward()
-    assert output.tokens.grad[:6].abs().sum(1).all()
-    assert not output.tokens.grad[6:].any()
-    assert target.tokens.grad is None
-    assert all(p.grad is None for p in loss.parameters())
-    assert not loss.state_dict().keys() & {"mean", "std"}
+def test_kl_loss_of_a_row_is_the_sum_over_its_images_alone():
+    images = [torch.rand(3, *size) for size in [(8, 24), (16, 16), (9, 40)]]
+    row = pack(images)
+    kl_T = torch.rand(len(row.tokens))
+    bounds = row.cu_seqlens.tolist()
+    alone = [
+        sum_of_image_means(kl_T[begin:end], pack([image], extra_tokens=0, extra_slots=0))
+        for image, begin, end in zip(images, bounds, bounds[1:], strict=False)
+    ]
+    assert min(alone) > 0
+    torch.testing.assert_close(sum_of_image_means(kl_T, row), torch.stack(alone).sum())
 
 
-def test_dino_weights_come_from_a_folder_or_are_named_as_missing(
-    tiny_dino: nn.Module, tmp_path: Path
+@pytest.mark.parametrize("latent", ["layernorm", "tanh", "kl"])
+def test_only_kl_latents_have_a_divergence_in_the_loss(
+    latent: str, make_autoencoder: Callable[..., Autoencoder]
 ) -> None:
-    tiny_dino.save_pretrained(tmp_path / "dino")
-    loaded = DinoTileLoss.from_pretrained(str(tmp_path / "dino")).network
-    tiles = torch.rand(1, 3, 224, 224)
-    with torch.no_grad():
-        assert torch.equal(loaded(tiles).last_hidden_state, tiny_dino(tiles).last_hidden_state)
-    (tmp_path / "empty").mkdir()
-    for missing in (str(tmp_path / "empty"), str(tmp_path / "nowhere")):
-        with pytest.raises(FileNotFoundError, match=r"no DINOv3 weights at .* request access to"):
-            DinoTileLoss.from_pretrained(missing)
+    target = pack([torch.rand(3, 16, 24)])
+    reconstruction = make_autoencoder(latent=latent)(target)
+    terms = ReconstructionLoss(LossConfig())(reconstruction, target, torch.rand(3, 2))
+    assert ("kl" in terms) == (latent == "kl")
+    if latent == "kl":
+        terms["kl"].backward()
+        assert terms["kl"] > 0
+    expected = terms["charbonnier"] + 0.1 * terms["ssim_loss"] + 0.01 * terms.get("kl", 0.0)
+    torch.testing.assert_close(terms["loss"], expected)
 
 
 def test_loss_is_the_weighted_sum_of_its_terms(tiny_dino: nn.Module, tmp_path: Path) -> None:
     tiny_dino.save_pretrained(tmp_path)
     config = LossConfig(
-        charbonnier=2.0, ssim=0.3, ssim_tile=16, dino=7.0, dino_weights=str(tmp_path)
+        charbonnier=2.0, ssim=0.3, ssim_tile=16, kl=0.7, dino=7.0, dino_weights=str(tmp_path)
     )
     outputs, targets = image_pairs([(24, 40), (8, 8)])
     output, target, position = pack(outputs), pack(targets), torch.rand(4, 2)
-    terms = ReconstructionLoss(config)(output, target, position)
+    kl_T = torch.rand(len(target.tokens))
+    terms = ReconstructionLoss(config)(reconstruction_of(output, kl_T), target, position)
 
-    assert set(terms) == {"loss", "charbonnier", "ssim_loss", "dino"}
+    assert set(terms) == {"loss", "charbonnier", "ssim_loss", "dino", "kl"}
     assert all(term.shape == () and term.dtype == torch.float32 for term in terms.values())
     assert all(term > 0 for term in terms.values())
     weighted = 2.0 * terms["charbonnier"] + 0.3 * terms["ssim_loss"] + 7.0 * terms["dino"]
-    torch.testing.assert_close(terms["loss"], weighted)
+    torch.testing.assert_close(terms["loss"], weighted + 0.7 * terms["kl"])
     torch.testing.assert_close(terms["charbonnier"], charbonnier(output, target))
     torch.testing.assert_close(terms["ssim_loss"], ssim_tile_loss(output, target, position, 16))
+    torch.testing.assert_close(terms["kl"], sum_of_image_means(kl_T, target))
 
 
 def test_terms_without_weight_are_not_computed_and_bfloat16_is_compared_in_float32():
     outputs, targets = image_pairs([(24, 40), (8, 8)])
     output, target, position = pack(outputs), pack(targets), torch.rand(4, 2)
     loss = ReconstructionLoss(LossConfig(ssim=0.0))
-    terms = loss(output, target, position)
+    terms = loss(reconstruction_of(output), target, position)
     assert set(terms) == {"loss", "charbonnier"}
-    half = output.with_tokens(output.tokens.bfloat16())
-    rounded = output.with_tokens(output.tokens.bfloat16().float())
+    half = reconstruction_of(output.with_tokens(output.tokens.bfloat16()))
+    rounded = reconstruction_of(output.with_tokens(output.tokens.bfloat16().float()))
     assert loss(half, target, position)["loss"].dtype == torch.float32
     assert loss(half, target, position)["loss"] == loss(rounded, target, position)["loss"]
+
+
+def test_a_row_without_images_has_a_loss_of_zero_and_no_gradient():
+    row = layout_of([], patch_size=PATCH, row_tokens=4, max_images=2, max_seqlen=4)
+    target = row.with_tokens(torch.randn(4, 3 * PATCH**2))
+    output = row.with_tokens(torch.randn(4, 3 * PATCH**2, requires_grad=True))
+    terms = ReconstructionLoss(LossConfig())(
+        reconstruction_of(output, torch.rand(4)), target, torch.rand(2, 2)
+    )
+    assert set(terms) == {"loss", "charbonnier", "ssim_loss", "kl"}
+    assert all(term == 0 for term in terms.values())
+    terms["loss"].backward()
+    assert torch.equal(output.tokens.grad, torch.zeros_like(output.tokens))
+
+
+def test_presets_differ_from_the_default_in_dino_alone():
+    for preset, weight in ((LossConfig.paper, 500.0), (LossConfig.perceptual, 1000.0)):
+        assert preset("folder") == replace(LossConfig(), dino=weight, dino_weights="folder")
 
 
 @pytest.mark.parametrize(
@@ -274,6 +248,8 @@ def test_terms_without_weight_are_not_computed_and_bfloat16_is_compared_in_float
         ({"charbonnier": -1.0}, "loss weights must not be negative"),
         ({"ssim_tile": 10}, "ssim_tile=10 must be at least 11 pixels"),
         ({"dino": 500.0}, r"dino=500.0 needs DINOv3 weights: request access to facebook/dinov3"),
+        ({"kl": -0.1}, "loss weights must not be negative"),
+        ({"lpips": 1.0}, r"lpips=1.0 needs VGG16 weights: download .* of timm/vgg16.tv_in1k"),
     ],
 )
 def test_loss_config_refuses(change: dict[str, float], sentence: str) -> None:

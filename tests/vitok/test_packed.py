@@ -134,7 +134,7 @@ def run_rows(
         terms["loss"].backward()
         for name, value in terms.items():
             totals[name] = totals.get(name, torch.zeros(())) + value.detach()
-        outputs.append(output.tokens.detach()[: int(row.num_tokens())])
+        outputs.append(output.pixels.tokens.detach()[: int(row.num_tokens())])
     gradients = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
     return totals, gradients, outputs
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from vitok import transformer
 from vitok.attention import attention_layout
 from vitok.packed import layout_of
 from vitok.transformer import (
@@ -173,7 +174,9 @@ def test_attention_equals_its_definition():
     layer = randomized(Attention(width, heads))
     row = layout_of(GRIDS, patch_size=1, row_tokens=12, max_images=4, max_seqlen=6)
     x = torch.randn(12, width)
-    out = layer(x, rope_rotation(row.patch_coord, width // heads), attention_layout(row))
+    out = layer(
+        x, rope_rotation(row.patch_coord, width // heads), attention_layout(row, torch.float32)
+    )
 
     expected = [
         plain_attention(double_weights(layer), image, places, heads)
@@ -189,7 +192,9 @@ def test_block_is_parallel_and_has_one_gain(scale: float) -> None:
     block = randomized(Block(width, heads, 0.1))
     row = layout_of(GRIDS, patch_size=1, row_tokens=12, max_images=3, max_seqlen=6)
     x = scale * torch.randn(12, width)
-    out = block(x, rope_rotation(row.patch_coord, width // heads), attention_layout(row))
+    out = block(
+        x, rope_rotation(row.patch_coord, width // heads), attention_layout(row, torch.float32)
+    )
 
     weights = double_weights(block)
     attn, ffn = (
@@ -209,3 +214,24 @@ def test_a_new_block_has_its_initial_gain():
     block = Block(8, 1, 0.25)
     assert torch.equal(block.layer_scale.gamma, torch.full((8,), 0.25))
     assert not any("bias" in name for name, _ in block.named_parameters())
+
+
+@pytest.mark.parametrize("chunk", [1, 5, 11])
+def test_a_block_in_chunks_equals_the_block_at_once(chunk: int, monkeypatch) -> None:
+    block = randomized(Block(16, 2, 0.1))
+    row = layout_of(GRIDS, patch_size=1, row_tokens=12, max_images=4, max_seqlen=6)
+    layout = attention_layout(row, torch.float32)
+    rotation = rope_rotation(row.patch_coord, 8)
+    x = torch.randn(12, 16)
+    at_once = block(x, rotation, layout)
+
+    sizes: list[int] = []
+    monkeypatch.setattr(transformer, "INFERENCE_CHUNK", (chunk, chunk))
+    block.ffn.register_forward_hook(lambda module, given, out: sizes.append(len(given[0])))
+    with torch.inference_mode():
+        in_chunks = block(x, rotation, layout)
+    torch.testing.assert_close(in_chunks, at_once.detach(), rtol=1e-5, atol=1e-6)
+    assert max(sizes) == chunk
+    assert sum(sizes) == 12
+    block(x, rotation, layout)
+    assert sizes[-1] == 12, "with gradients nothing is cut"

@@ -4,8 +4,8 @@ from types import SimpleNamespace
 import pyarrow.fs
 import pytest
 
-from pipelines import storage
-from pipelines.storage import Folder
+from vitok import storage
+from vitok.storage import Folder
 
 
 def test_files_come_back_as_they_were_written(tmp_path: Path) -> None:

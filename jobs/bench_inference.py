@@ -1,0 +1,262 @@
+"""Benchmark of reconstruction over resolutions: time, memory and quality."""
+
+import ctypes
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import psutil
+import torch
+from PIL import Image
+from torch import Tensor
+
+from pipelines.baselines import SHAPES, random_baseline, reconstruct_with
+from pipelines.decode import decode_rgb
+from pipelines.train_autoencoder import load_autoencoder
+from vitok.autoencoder import Autoencoder, num_tokens
+from vitok.images import to_tensor
+from vitok.initialize import start_at_random, start_from_pca
+from vitok.metrics import psnr
+from vitok.packed import pack_images
+from vitok.variants import AutoencoderConfig
+
+_MB = 2**20
+# A case is repeated until it has taken so long, or often enough.
+_ENOUGH_S = 10.0
+# Convolutional baselines attend over all of their smallest grid: worse than linear in the pixels.
+_BASELINE_TIME_EXPONENT = 1.5
+
+
+@dataclass(frozen=True)
+class Case:
+    """One subject at one resolution.
+
+    Attributes:
+        subject: model or baseline.
+        window: radius of sliding-window attention, "full", or "" for baselines.
+        resolution: pixels of each side.
+        seconds: of encoding and decoding, median.
+        peak_mb: memory at its peak beyond what was in use before, weights included in the latter.
+        process_mb: all memory of the process, or of the device, at the peak.
+        psnr: in dB; None where the weights are random.
+        skipped: why there are no figures.
+    """
+
+    subject: str
+    window: str
+    resolution: int
+    seconds: float | None = None
+    peak_mb: float | None = None
+    process_mb: float | None = None
+    psnr: float | None = None
+    skipped: str = ""
+
+
+@dataclass(frozen=True)
+class _Subject:
+    name: str
+    window: str
+    reconstruct: Callable[[Tensor], Tensor]  # [3, H, W] in [-1, 1] to the same
+    flops: Callable[[int], float]  # of a resolution, up to a factor
+    has_psnr: bool
+
+
+def measure_inference(
+    *,
+    model: str,
+    windows: tuple[int | Literal["full"], ...],
+    resolutions: tuple[int, ...],
+    baselines: tuple[str, ...],
+    image: str,
+    dtype: torch.dtype,
+    device: torch.device,
+    repeats: int,
+    limit_s: float,
+    limit_gb: float,
+    show: Callable[[Case], None],
+) -> list[Case]:
+    """Reconstruct one square photograph at every resolution with every subject.
+
+    A case that is expected to exceed a limit, judged by the resolution before it, is a row that
+    says so.
+
+    Args:
+        model: a name, whose blocks are then random around a PCA of the photograph's patches, or the
+            location of trained weights.
+        image: a file, or "" for a photograph that scikit-learn carries.
+        show: is given every case when it is done.
+    """
+    photograph = _photograph(image)
+    loaded = _load(model, photograph).to(device, dtype)
+    subjects: list[Callable[[], _Subject]] = [
+        lambda window=window: _ours(model, loaded, window)  # type: ignore[misc]
+        for window in windows
+    ]
+    subjects += [
+        lambda name=name: _baseline(name, dtype, device)  # type: ignore[misc]
+        for name in baselines
+    ]
+    cases: list[Case] = []
+    for build in subjects:
+        subject = build()
+        subject.reconstruct(to_tensor(_square(photograph, 64)).to(device, dtype))
+        before: Case | None = None
+        for resolution in sorted(resolutions):
+            case = Case(subject=subject.name, window=subject.window, resolution=resolution)
+            reason = _foresee(subject, before, resolution, limit_s, limit_gb)
+            if reason:
+                case = Case(**asdict(case) | {"skipped": reason})
+            else:
+                source = to_tensor(_square(photograph, resolution))
+                case = _measure(subject, case, source.to(device, dtype), repeats)
+                before = case
+            show(case)
+            cases.append(case)
+    return cases
+
+
+def growth(cases: list[Case], figure: Literal["seconds", "peak_mb"]) -> float | None:
+    """Return a figure per pixel at 4096 over that at 1024, of our model with its window."""
+    found = {
+        case.resolution: getattr(case, figure)
+        for case in cases
+        if case.window not in ("", "full") and not case.skipped
+    }
+    if not {1024, 4096} <= found.keys():
+        return None
+    return found[4096] / found[1024] / 16
+
+
+def _load(model: str, photograph: np.ndarray) -> Autoencoder:
+    try:
+        config = AutoencoderConfig.from_name(model)
+    except ValueError:
+        return load_autoencoder(model)
+    autoencoder = Autoencoder(config).eval().requires_grad_(False)
+    start_at_random(autoencoder, seed=0)
+    side = 40 * config.patch_size
+    patches = pack_images([to_tensor(_square(photograph, side))], patch_size=config.patch_size)
+    start_from_pca(autoencoder, patches.tokens)
+    return autoencoder
+
+
+def _ours(name: str, model: Autoencoder, window: int | Literal["full"]) -> _Subject:
+    radius = None if window == "full" else window
+
+    def reconstruct(image: Tensor) -> Tensor:
+        return model.decode(model.encode(image, window=radius), window=radius)[0]
+
+    def flops(resolution: int) -> float:
+        tokens = num_tokens(resolution, resolution, model.config.patch_size)
+        keys = tokens if radius is None else (2 * radius + 1) ** 2
+        return tokens * model.config.flops_per_token(keys)
+
+    return _Subject(name, str(window), reconstruct, flops, has_psnr=True)
+
+
+def _baseline(name: str, dtype: torch.dtype, device: torch.device) -> _Subject:
+    reconstruct = reconstruct_with(random_baseline(name, dtype).to(device))
+
+    def reconstruct_one(image: Tensor) -> Tensor:
+        with torch.inference_mode():
+            return reconstruct(image[None])[0]
+
+    return _Subject(
+        name,
+        "",
+        reconstruct_one,
+        lambda resolution: float(resolution) ** (2 * _BASELINE_TIME_EXPONENT),
+        has_psnr=False,
+    )
+
+
+def _foresee(
+    subject: _Subject, before: Case | None, resolution: int, limit_s: float, limit_gb: float
+) -> str:
+    """Say why a case would exceed a limit, or return nothing."""
+    if before is None or before.seconds is None or before.peak_mb is None:
+        return ""
+    ratio = subject.flops(resolution) / subject.flops(before.resolution)
+    seconds = before.seconds * ratio
+    if seconds > limit_s:
+        return f"about {seconds:.0f} s expected, more than --limit-s {limit_s:g}"
+    gigabytes = before.peak_mb / 1024 * (resolution / before.resolution) ** 2
+    if gigabytes > limit_gb:
+        return f"about {gigabytes:.0f} GB expected, more than --limit-gb {limit_gb:.3g}"
+    return ""
+
+
+def _measure(subject: _Subject, case: Case, source: Tensor, repeats: int) -> Case:
+    seconds: list[float] = []
+    _start_peak(source.device)
+    rest = _memory(source.device)[0]
+    while len(seconds) < repeats and sum(seconds) < _ENOUGH_S:
+        start = time.perf_counter()
+        output = subject.reconstruct(source).cpu()  # waits for the device
+        seconds.append(time.perf_counter() - start)
+    peak = _memory(source.device)[1]
+    quality = psnr(output, source.cpu()) if subject.has_psnr else None
+    figures = {
+        "seconds": statistics.median(seconds),
+        "peak_mb": (peak - rest) / _MB,
+        "process_mb": peak / _MB,
+        "psnr": quality,
+    }
+    return Case(**asdict(case) | figures)
+
+
+def _start_peak(device: torch.device) -> None:
+    """Forget the peak of memory so far."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        return
+    if sys.platform == "linux":
+        ctypes.CDLL(None).malloc_trim(0)
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def _memory(device: torch.device) -> tuple[int, int]:
+    """Return bytes in use now and at the peak."""
+    if device.type == "cuda":
+        return torch.cuda.memory_allocated(device), torch.cuda.max_memory_allocated(device)
+    if sys.platform != "linux":
+        now = psutil.Process().memory_info().rss
+        return now, now
+    fields = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    resident, peak = (int(fields[name].split()[0]) * 1024 for name in ("VmRSS", "VmHWM"))
+    return resident, peak
+
+
+def _photograph(file: str) -> np.ndarray:
+    if file:
+        return decode_rgb(Path(file).read_bytes())
+    from sklearn.datasets import load_sample_image
+
+    return load_sample_image("china.jpg")
+
+
+def _square(photograph: np.ndarray, side: int) -> np.ndarray:
+    """Return the middle of a photograph [side, side, 3], resized."""
+    height, width = photograph.shape[:2]
+    edge = min(height, width)
+    left, top = (width - edge) // 2, (height - edge) // 2
+    picture = Image.fromarray(photograph)
+    box = (left, top, left + edge, top + edge)
+    return np.asarray(picture.resize((side, side), Image.Resampling.BICUBIC, box=box))
+
+
+BASELINES = tuple(SHAPES)
+
+
+def report(cases: list[Case]) -> dict[str, Any]:
+    """Return the JSON of a benchmark: every case, and how figures grow with the image."""
+    return {
+        "cases": [asdict(case) for case in cases],
+        "window_time_per_pixel_4096_over_1024": growth(cases, "seconds"),
+        "window_memory_per_pixel_4096_over_1024": growth(cases, "peak_mb"),
+    }
