@@ -149,13 +149,20 @@ def inference(
         device=device,
         repeats=repeats,
         limit_s=limit_s,
-        limit_gb=psutil.virtual_memory().available / 2**30 if limit_gb is None else limit_gb,
+        limit_gb=_free_bytes() / 2**30 if limit_gb is None else limit_gb,
         show=show,
     )
     _finish("inference", {"model": model, "dtype": dtype, **report(cases)}, threads)
 
 
 BENCHMARKS: dict[str, Callable[..., None]] = {"attention": attention, "inference": inference}
+
+
+def _free_bytes() -> int:
+    """Return the memory that models may still take: of the GPU, or without one of the machine."""
+    if torch.cuda.is_available():
+        return torch.cuda.mem_get_info()[0]
+    return psutil.virtual_memory().available
 
 
 def _layout(row_tokens: int, tokens_per_image: int) -> tuple[AttentionLayout, Tensor]:
@@ -173,7 +180,7 @@ def _layout(row_tokens: int, tokens_per_image: int) -> tuple[AttentionLayout, Te
         max_seqlen=tokens_per_image,
     )
     is_key = torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]
-    return attention_layout(packed, torch.bfloat16), is_key[:, None, None]
+    return attention_layout(packed, torch.bfloat16, 64), is_key[:, None, None]
 
 
 def _time(

@@ -92,6 +92,7 @@ def reconstruct(arguments: Sequence[str]) -> None:
     import torch
     from PIL import Image
 
+    from pipelines.decode import UnreadableImage
     from pipelines.evaluate import reconstruct_image
     from pipelines.reconstruction import comparison
     from pipelines.train_autoencoder import load_autoencoder
@@ -133,13 +134,18 @@ def reconstruct(arguments: Sequence[str]) -> None:
         folder = Path(out)
         folder.mkdir(parents=True, exist_ok=True)
         results: dict[Path, dict[str, Any]] = {}
+        unreadable: list[str] = []
         for file in files:
-            result, picture, seconds = reconstruct_image(
-                autoencoder,
-                file,
-                resolution=None if resolution == "native" else resolution,
-                window=None if window == "full" else window,
-            )
+            try:
+                result, picture, seconds = reconstruct_image(
+                    autoencoder,
+                    file,
+                    resolution=None if resolution == "native" else resolution,
+                    window=None if window == "full" else window,
+                )
+            except (UnreadableImage, OSError) as error:
+                unreadable.append(str(error))
+                continue
             # Files of one name in several folders, or of two formats, have a picture each.
             names = (file.stem, *(f"{file.stem}-{number}" for number in range(2, len(files) + 1)))
             target = next(path for name in names if (path := folder / f"{name}.png") not in results)
@@ -156,6 +162,13 @@ def reconstruct(arguments: Sequence[str]) -> None:
             )
         if json:
             _print_json(list(results.values()))
+        if unreadable:
+            listed = "; ".join(unreadable[:10]) + (" ..." if len(unreadable) > 10 else "")
+            raise ValueError(
+                listed
+                if len(files) == 1
+                else f"{len(unreadable)} of {len(files)} images are unreadable: {listed}"
+            )
 
     tyro.cli(run, args=arguments, prog="vitok reconstruct")
 
@@ -347,7 +360,7 @@ def _image_files(patterns: Sequence[str]) -> list[Path]:
         elif path.is_file():
             found = [path]
         else:
-            found = [Path(name) for name in sorted(glob.glob(pattern))]
+            found = [Path(name) for name in sorted(glob.glob(pattern)) if Path(name).is_file()]
         if not found:
             raise FileNotFoundError(f"{pattern} names no image; give image files, folders or globs")
         files += found

@@ -4,11 +4,17 @@ from dataclasses import dataclass
 
 import torch
 
-from vitok.autoencoder import Autoencoder, num_tokens
-from vitok.variants import RELEASED, SIZES, AutoencoderConfig
+from vitok.autoencoder import Autoencoder
+from vitok.patches import num_tokens
+from vitok.variants import RELEASED, SIZES, SIZES_V1, AutoencoderConfig
 
-# Decoders of every size around the encoder of the paper's scaling study, and its linear one.
-_LADDER = ("linear-B/16x64", *(f"{size}d4-{size}/16x64" for size in SIZES))
+# Every size, at both patches of the paper's scaling study; its linear encoder; ViTok v1.
+_LADDER = (
+    "linear-B/16x64",
+    *(f"{size}d4-{size}/16x64" for size in SIZES),
+    *(f"{size}d4-{size}/32x256" for size in SIZES),
+    *(f"v1/S-{size}/16x16" for size in SIZES_V1),
+)
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ from pipelines.tracking import TrackingConfig
 from pipelines.train_autoencoder import AutoencoderTraining
 from vitok.losses import LossConfig
 from vitok.optim import OptimConfig
+from vitok.perceptual import DINO_REPOSITORY
 from vitok.variants import AutoencoderConfig
 
 
@@ -70,7 +71,7 @@ def vitok_350m_f16x64() -> AutoencoderTraining:
             Stage(steps=270_000, images_per_step=8192, token_budgets=(256,)),
             Stage(steps=30_000, images_per_step=8192, token_budgets=(1024,)),
         ),
-        loss=LossConfig(dino=500.0, dino_weights="facebook/dinov3-vits16-pretrain-lvd1689m"),
+        loss=LossConfig.paper(DINO_REPOSITORY),
         run=RunConfig(name="vitok-350m-f16x64", num_workers=8),
     )
 

@@ -21,10 +21,10 @@ from pipelines.reconstruction import (
     summarize,
 )
 from pipelines.train_autoencoder import load_autoencoder
-from vitok.autoencoder import Autoencoder, num_tokens
+from vitok.autoencoder import Autoencoder
 from vitok.config import config
 from vitok.images import to_tensor
-from vitok.patches import fit_to_budget
+from vitok.patches import fit_to_budget, num_tokens
 
 
 @config

@@ -15,9 +15,8 @@ from numpy.typing import NDArray
 
 from pipelines.corpus import Manifest, SampleRecords
 from pipelines.packing import pack_best_fit
-from vitok.autoencoder import num_tokens
 from vitok.config import config
-from vitok.patches import fit_to_budget
+from vitok.patches import fit_to_budget, num_tokens
 
 _FEISTEL_ROUNDS = 6
 _PURPOSE_CHUNKS, _PURPOSE_SHUFFLE, _PURPOSE_VIEW = 1, 2, 3

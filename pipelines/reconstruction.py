@@ -14,9 +14,10 @@ from pipelines.corpus import Manifest
 from pipelines.ingest import PackedRow, empty_row, load_rows
 from pipelines.packing import pack_best_fit
 from pipelines.plan import whole_view
-from vitok.autoencoder import Reconstruction, num_tokens
+from vitok.autoencoder import Reconstruction
 from vitok.metrics import constant_patches, psnr, ssim
 from vitok.packed import PackedTokens, unpack_images
+from vitok.patches import num_tokens
 
 _SHEET_WIDTH, _GAP = 1400, 12  # pixels
 _ERROR_GAIN = 4.0  # error maps show |x - y| this many times brighter

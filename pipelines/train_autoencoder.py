@@ -24,11 +24,13 @@ from pipelines.reconstruction import (
 )
 from pipelines.runs import CONFIG_FILE, RunConfig, claim_folder, latest_checkpoint
 from pipelines.tracking import Tracker, open_run
-from vitok.autoencoder import Autoencoder, num_tokens
+from vitok.autoencoder import Autoencoder
 from vitok.config import config, parse_json
 from vitok.initialize import start_at_random, start_from_pca
 from vitok.losses import LossConfig, ReconstructionLoss
 from vitok.optim import OptimConfig
+from vitok.parallel import require_float8
+from vitok.patches import num_tokens
 from vitok.pretrained import (
     EXPORT,
     WEIGHT_FILES,
@@ -128,6 +130,8 @@ def prepare(settings: AutoencoderTraining) -> AutoencoderTraining:
         Manifest.load(data.eval_manifest)
     if loss.dino or loss.lpips:
         ReconstructionLoss(loss)
+    if run.parallel.float8:
+        require_float8(data.row_tokens)
     claim_folder(settings)
     return settings
 
@@ -220,26 +224,32 @@ def initialize(model: Autoencoder, settings: AutoencoderTraining, plan: Plan) ->
 
 
 def reconstruction_step(
-    loss: ReconstructionLoss, model: nn.Module, row: PackedRow, device: torch.device
+    settings: AutoencoderTraining,
+    loss: ReconstructionLoss,
+    model: nn.Module,
+    row: PackedRow,
+    device: torch.device,
 ) -> dict[str, Tensor]:
     """Return the summed loss terms of one packed row."""
     packed, tile_position = row.to_packed(device)
-    reconstruction = model(packed, noise=latent_noise(model.config, row, device))
+    reconstruction = model(packed, noise=latent_noise(settings, row, device))
     return loss(reconstruction, packed, tile_position)
 
 
-def latent_noise(config: AutoencoderConfig, row: PackedRow, device: torch.device) -> Tensor | None:
+def latent_noise(
+    settings: AutoencoderTraining, row: PackedRow, device: torch.device
+) -> Tensor | None:
     """Return standard normal noise [T, c] for latents that are trained with noise, or None.
 
-    Every image has a generator of its own, seeded by step and key: neither the packing nor the
-    number of workers nor a resume changes its noise.
+    Every image has a generator of its own, keyed by seed, step and sample: neither the packing nor
+    the number of workers nor a resume changes its noise.
     """
-    if config.latent == "layernorm":
+    if settings.model.latent == "layernorm":
         return None
-    noise = torch.zeros(len(row.patches), config.latent_channels)
+    noise = torch.zeros(len(row.patches), settings.model.latent_channels)
     start = 0
     for key, (height, width) in zip(row.keys, row.image_size.tolist(), strict=False):
-        digest = hashlib.sha256(f"{row.step}/{key}".encode()).digest()
+        digest = hashlib.sha256(f"{settings.seed}/{row.step}/{key}".encode()).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little"))
         stop = start + num_tokens(height, width, row.patch_size)
         noise[start:stop] = torch.randn(stop - start, noise.shape[1], generator=generator)
@@ -263,7 +273,7 @@ def _worker(given: dict[str, Any]) -> None:
         )
 
     def step(model: nn.Module, row: PackedRow, device: torch.device) -> dict[str, Tensor]:
-        return reconstruction_step(loss, model, row, device)
+        return reconstruction_step(settings, loss, model, row, device)
 
     def evaluate(model: nn.Module, device: torch.device) -> Evaluation:
         results, pictures = evaluate_on_all_ranks(model, held_out, device, _NUM_PICTURES)

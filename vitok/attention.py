@@ -9,12 +9,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from vitok.config import require_choice
 from vitok.packed import PackedTokens
 from vitok.window import WindowBackend, window_attention
 
 # Below this many tokens an image's scores are cheap to hold, and two plain matrix products beat
 # the fused CPU kernel, above all in the backward pass (docs/benchmarks.md, "Packed attention").
 MAX_EXPLICIT_TOKENS = 1536
+_FLEX_HEAD_DIM = 16  # the least that the kernel of FlexAttention takes on CUDA (torch 2.13)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,7 +27,7 @@ class AttentionLayout:
         cu_seqlens: [S+1] int32.
         is_real: [T, 1, 1] bool, False in padding.
         max_seqlen: bound on the tokens of one image.
-        flash: full attention on CUDA in half precision, by a kernel for variable lengths.
+        flash: full attention by a CUDA kernel for variable lengths.
         grids: (rows, columns) of each used slot, on the host; empty for flash attention, which
             needs no more than the tensors: reading them would wait for the device.
         window: radius in patches of sliding-window attention; None for full attention.
@@ -44,6 +46,7 @@ class AttentionLayout:
 def attention_layout(
     packed: PackedTokens,
     dtype: torch.dtype,
+    head_dim: int,
     *,
     window: int | None = None,
     window_backend: WindowBackend | None = None,
@@ -51,19 +54,20 @@ def attention_layout(
     """Derive the attention layout of a packed row.
 
     Args:
-        dtype: of q, k and v.
+        dtype, head_dim: of q, k and v.
         window: radius in patches of 2D sliding-window attention; full attention if None.
-        window_backend: "flex" on CUDA and "halo" elsewhere if None.
+        window_backend: if None "flex" on CUDA, for heads that its kernel takes, else "halo".
 
     Raises:
-        ValueError: the window is negative.
+        ValueError: the window is negative, or there is no such backend.
     """
     if window is not None and window < 0:
         raise ValueError(f"{window=} must be at least 0, or None for full attention")
+    on_cuda = packed.cu_seqlens.is_cuda
     if window_backend is None:
-        window_backend = "flex" if packed.cu_seqlens.is_cuda else "halo"
-    half = dtype in (torch.bfloat16, torch.float16)
-    flash = packed.cu_seqlens.is_cuda and half and window is None
+        window_backend = "flex" if on_cuda and head_dim >= _FLEX_HEAD_DIM else "halo"
+    require_choice("window_backend", window_backend, WindowBackend)
+    flash = on_cuda and window is None and _flash_takes(dtype, head_dim)
     grids = () if flash else tuple((r, c) for r, c in packed.grid.tolist() if r > 0)
     return AttentionLayout(
         cu_seqlens=packed.cu_seqlens,
@@ -76,13 +80,20 @@ def attention_layout(
     )
 
 
+def _flash_takes(dtype: torch.dtype, head_dim: int) -> bool:
+    """Whether flash attention runs on this device: half precision, from compute capability 8.0."""
+    half = dtype in (torch.bfloat16, torch.float16)
+    fits = head_dim % 8 == 0 and head_dim <= 256
+    return half and fits and torch.cuda.get_device_capability() >= (8, 0)
+
+
 def packed_attention(
     q_THD: Tensor, k_THD: Tensor, v_THD: Tensor, layout: AttentionLayout
 ) -> Tensor:
     """Let every token attend to the tokens of its own image, to all or to those in its window.
 
-    Full attention on CUDA in half precision runs flash attention on variable lengths; everything
-    else runs image by image.
+    Full attention on CUDA in half precision runs flash attention on variable lengths where the
+    device has it; everything else runs image by image.
 
     Args:
         q_THD, k_THD, v_THD: [T, H, D], one dtype.
@@ -144,7 +155,10 @@ def _attention_per_image(
 
 
 def _attention(q_HnD: Tensor, k_HnD: Tensor, v_HnD: Tensor) -> Tensor:
-    if q_HnD.shape[1] > MAX_EXPLICIT_TOKENS:
+    # Explicit scores are rounded to half precision. Training on a CPU takes that for its speed;
+    # inference, where the fused kernel is nearly as fast, need not.
+    rounds = q_HnD.dtype != torch.float32 and not torch.is_grad_enabled()
+    if rounds or q_HnD.shape[1] > MAX_EXPLICIT_TOKENS:
         fused = F.scaled_dot_product_attention(q_HnD[None], k_HnD[None], v_HnD[None])
         return fused[0]
     scores_Hnn = (q_HnD * q_HnD.shape[-1] ** -0.5) @ k_HnD.transpose(-1, -2)

@@ -9,9 +9,9 @@ from torch import Tensor, nn
 
 from vitok.attention import attention_layout
 from vitok.bottleneck import Posterior, posterior_of
+from vitok.config import require_choice
 from vitok.images import Latent, decode_latents, encode_images
 from vitok.packed import PackedTokens
-from vitok.patches import grid_size
 from vitok.pixels import ImageLike
 from vitok.transformer import Block, rope_rotation
 from vitok.variants import AutoencoderConfig, Part
@@ -52,17 +52,18 @@ class Autoencoder(nn.Module):
 
     def __init__(self, config: AutoencoderConfig, part: Part | None = None) -> None:
         super().__init__()
+        if part is not None:
+            require_choice("part", part, Part)
         self.config = config
         self.window_backend: WindowBackend | None = None
         if part != "decoder":
-            code = config.latent_channels * (2 if config.latent == "kl" else 1)
             if config.encoder_width:
                 self.patch_embed = nn.Linear(config.patch_dim, config.encoder_width)
             self.encoder_blocks = nn.ModuleList(
                 Block(config.encoder_width, config.encoder_heads, config.layer_scale)
                 for _ in range(config.encoder_depth)
             )
-            self.to_code = nn.Linear(config.encoder_width or config.patch_dim, code)
+            self.to_code = nn.Linear(config.encoder_width or config.patch_dim, config.code_channels)
         if part != "encoder":
             self.decoder_embed = nn.Linear(config.latent_channels, config.decoder_width)
             self.decoder_blocks = nn.ModuleList(
@@ -167,12 +168,13 @@ class Autoencoder(nn.Module):
     ) -> Tensor:
         if not blocks:
             return x_TW
-        layout = attention_layout(
-            packed, x_TW.dtype, window=window, window_backend=self.window_backend
-        )
         first = blocks[0]
         assert isinstance(first, Block)
-        rotation = rope_rotation(packed.patch_coord, first.attn.head_dim)
+        head_dim = first.attn.head_dim
+        layout = attention_layout(
+            packed, x_TW.dtype, head_dim, window=window, window_backend=self.window_backend
+        )
+        rotation = rope_rotation(packed.patch_coord, head_dim)
         for block in blocks:
             x_TW = block(x_TW, rotation, layout)
         return x_TW
@@ -180,18 +182,12 @@ class Autoencoder(nn.Module):
     def _require(self, part: Part) -> None:
         if not hasattr(self, "to_code" if part == "encoder" else "to_pixels"):
             other = "decoder" if part == "encoder" else "encoder"
-            raise ValueError(f"this model is a {other} alone; load it without part={other!r}")
+            raise ValueError(f"this model has its {other} alone; load it without part={other!r}")
 
 
 def part_of(parameter_name: str) -> Part:
     """Say which of the two released files a parameter belongs to."""
     return "encoder" if parameter_name.startswith(_ENCODER_MODULES) else "decoder"
-
-
-def num_tokens(height: int, width: int, patch_size: int) -> int:
-    """Return the tokens of an image of height x width pixels."""
-    rows, columns = grid_size(height, width, patch_size)
-    return rows * columns
 
 
 # FSDP finds the tensors in the results of a forward pass through pytrees.

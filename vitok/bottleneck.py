@@ -48,6 +48,7 @@ def posterior_of(code: Tensor, config: AutoencoderConfig) -> Posterior:
     if config.latent == "tanh":
         mean = code.tanh()
         return Posterior(mean, std=torch.full_like(mean, config.latent_noise))
+    assert config.latent == "kl"
     mean, log_variance = code.chunk(2, dim=-1)
     log_variance = log_variance.clamp(*_LOG_VARIANCE_BOUNDS)
     divergence = 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance)

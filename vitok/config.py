@@ -3,7 +3,7 @@
 import dataclasses
 import json
 from pathlib import Path
-from typing import Any, TypeVar, dataclass_transform
+from typing import Any, TypeVar, dataclass_transform, get_args
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
@@ -15,6 +15,17 @@ def config(cls: type[ConfigT]) -> type[ConfigT]:
     """Make a class a frozen, keyword-only dataclass that refuses unknown keys in JSON."""
     cls.__pydantic_config__ = ConfigDict(extra="forbid")  # type: ignore[attr-defined]
     return dataclasses.dataclass(frozen=True, kw_only=True)(cls)
+
+
+def require_choice(name: str, value: object, choices: object) -> None:
+    """Check a value against a Literal type.
+
+    Raises:
+        ValueError: it is none of the choices.
+    """
+    allowed = get_args(choices)
+    if value not in allowed:
+        raise ValueError(f"{name}={value!r} must be one of {', '.join(map(str, allowed))}")
 
 
 def to_dict(value: Any) -> dict[str, Any]:

@@ -255,6 +255,8 @@ class DiffusersAutoencoder(nn.Module):
                 f"{what} of shape {list(batch.shape)} are no batch [B, {channels}, height, width]; "
                 "add the dimension of the batch, or take the model with these channels"
             )
+        if not batch.is_floating_point():
+            raise ValueError(f"{what} are {batch.dtype}; give floats, pixels in [-1, 1]")
 
     def _move_if_offloaded(self) -> None:
         # accelerate hooks `forward` alone; AutoencoderKL calls its hook here, too

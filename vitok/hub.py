@@ -121,7 +121,7 @@ def _unavailable(
         RevisionNotFoundError,
     )
 
-    reason = str(error).splitlines()[0]
+    reason = (str(error) or type(error).__name__).splitlines()[0]
     if isinstance(error, OfflineModeIsEnabled):
         reason = "it is not in the cache, and HF_HUB_OFFLINE is set"
     elif isinstance(error, GatedRepoError):

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from vitok.packed import PackedTokens, layout_of, unpack_images
-from vitok.patches import grid_size, pad_to_patch, patchify
+from vitok.patches import grid_size, num_tokens, pad_to_patch, patchify
 from vitok.pixels import (
     FLOAT_DTYPES,
     ImageLike,
@@ -168,11 +168,11 @@ def _passes(sizes: Sequence[tuple[int, int]], patch_size: int, pass_tokens: int)
     """Cut a batch into runs of images that share a forward pass."""
     start, filled = 0, 0
     for position, size in enumerate(sizes):
-        rows, columns = grid_size(*size, patch_size)
-        if position > start and filled + rows * columns > pass_tokens:
+        length = num_tokens(*size, patch_size)
+        if position > start and filled + length > pass_tokens:
             yield slice(start, position)
             start, filled = position, 0
-        filled += rows * columns
+        filled += length
     yield slice(start, len(sizes))
 
 
@@ -180,7 +180,7 @@ def _layout(
     sizes: Sequence[tuple[int, int]], patch_size: int, device: torch.device
 ) -> PackedTokens:
     """Lay images out in a row that has no padding."""
-    lengths = [rows * columns for rows, columns in (grid_size(*s, patch_size) for s in sizes)]
+    lengths = [num_tokens(*size, patch_size) for size in sizes]
     return layout_of(
         sizes,
         patch_size=patch_size,

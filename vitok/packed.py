@@ -142,10 +142,22 @@ def pack_images(
         PackedTokens with tokens [T, 3*P*P], padded with gray (0).
 
     Raises:
-        ValueError: there are no images, or they do not fit the fixed sizes.
+        ValueError: there are no images, one is not [3, H, W] of floats, or they do not fit the
+            fixed sizes.
     """
     if not images:
         raise ValueError("there are no images to pack; give at least one")
+    for position, image in enumerate(images):
+        if image.ndim != 3 or image.shape[0] != 3 or 0 in image.shape:
+            raise ValueError(
+                f"image {position} has shape {list(image.shape)}; give [3, H, W] with at least a "
+                "pixel"
+            )
+        if not image.is_floating_point():
+            raise ValueError(
+                f"image {position} is {image.dtype}; give floats in [-1, 1], as "
+                "vitok.images.to_tensor makes them"
+            )
     patches = [patchify(pad_to_patch(image, patch_size), patch_size)[0] for image in images]
     lengths = [len(patch) for patch in patches]
     packed = layout_of(

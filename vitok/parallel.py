@@ -6,6 +6,7 @@ what is checkpointed, so that a block's second run is compiled too; FSDP gathers
 block around both. Parameters keep their names, and the model may be on the meta device.
 """
 
+import importlib.util
 from collections.abc import Callable
 
 import torch
@@ -58,6 +59,20 @@ def prepare_blocks(model: nn.Module, config: ParallelConfig) -> None:
         checkpoint_blocks(model, config.checkpoint_every)
     if config.compile:
         compile_blocks(model)
+
+
+def require_float8(row_tokens: int) -> None:
+    """Check what float8 training needs that can be known without its devices.
+
+    Raises:
+        ImportError: torchao is not installed.
+        ValueError: rows are no multiple of 16 tokens, which the products of the backward pass sum
+            over.
+    """
+    if importlib.util.find_spec("torchao") is None:
+        raise ImportError(_NO_TORCHAO)
+    if row_tokens % 16:
+        raise ValueError(f"float8 needs {row_tokens=} to be a multiple of 16; change one of them")
 
 
 def float8_training(model: nn.Module) -> None:
@@ -136,8 +151,10 @@ def checkpoint_blocks(model: nn.Module, every: int) -> None:
 def compile_blocks(model: nn.Module) -> None:
     """Compile the inside of a block once for all blocks of equal shape, when they first run.
 
-    Attention, with the lengths of the images, stays outside, so rows of one length T run without
-    compiling anything again whatever images they hold; a second T compiles once more, for any T.
+    Attention, with the lengths of the images, stays outside on CPUs, so rows of one length T run
+    without compiling anything again whatever images they hold; a second T compiles once more, for
+    any T. Without gradients a compiled block takes all tokens at once: for very large images on
+    little memory leave blocks uncompiled.
     """
     compiled = torch.compile(  # type: ignore[call-overload]  # which lacks recompile_limit
         Block.compute, recompile_limit=_RECOMPILE_LIMIT

@@ -16,6 +16,12 @@ def grid_size(height: int, width: int, patch_size: int) -> tuple[int, int]:
     return -(-height // patch_size), -(-width // patch_size)
 
 
+def num_tokens(height: int, width: int, patch_size: int) -> int:
+    """Return how many patches cover an image of height x width pixels."""
+    rows, columns = grid_size(height, width, patch_size)
+    return rows * columns
+
+
 def fit_to_budget(
     height: int, width: int, *, patch_size: int, token_budget: int, enlarge: bool = False
 ) -> tuple[int, int]:

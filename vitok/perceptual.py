@@ -7,7 +7,7 @@ the images of the row.
 
 from math import isqrt
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -51,12 +51,16 @@ class DinoTileLoss(nn.Module):
 
         Raises:
             FileNotFoundError: the weights are not there.
+            ValueError: they are of another network, or not whole.
         """
         from transformers import DINOv3ViTModel
 
         try:
-            network = DINOv3ViTModel.from_pretrained(
-                weights, local_files_only=not Path(weights).is_dir()
+            loaded: Any = DINOv3ViTModel.from_pretrained(
+                weights,
+                local_files_only=not Path(weights).is_dir(),
+                ignore_mismatched_sizes=True,  # or it raises before the report
+                output_loading_info=True,
             )
         except OSError as error:
             raise FileNotFoundError(
@@ -64,6 +68,23 @@ class DinoTileLoss(nn.Module):
                 f"Face, download it with `hf download {DINO_REPOSITORY} --local-dir FOLDER`, and "
                 "set loss.dino_weights to FOLDER"
             ) from error
+        network, report = loaded
+        # transformers draws at random what it does not find.
+        wrong = [
+            f"{name} {complaint}"
+            for complaint, names in (
+                ("missing", report["missing_keys"]),
+                ("of another shape", (name for name, *_ in report["mismatched_keys"])),
+                ("not expected", report["unexpected_keys"]),
+            )
+            for name in sorted(names)
+        ]
+        if wrong:
+            more = f" and {len(wrong) - 5} more" if len(wrong) > 5 else ""
+            raise ValueError(
+                f"{weights} does not hold a whole DINOv3: {'; '.join(wrong[:5])}{more}; download "
+                f"{DINO_REPOSITORY} again"
+            )
         return cls(network)
 
     def forward(self, output: PackedTokens, target: PackedTokens, tile_position: Tensor) -> Tensor:

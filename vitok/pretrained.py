@@ -20,7 +20,7 @@ from torch import Tensor
 
 from vitok.autoencoder import Autoencoder, part_of
 from vitok.checkpoint import is_checkpoint, load_weights, weight_shapes
-from vitok.config import parse_config, write_config
+from vitok.config import parse_config, parse_json, to_dict, write_config
 from vitok.hub import fetch, fetch_shapes
 from vitok.shapes import Shapes, config_of_shapes
 from vitok.storage import Folder
@@ -30,6 +30,7 @@ CONFIG_FILE = "config.json"
 EXPORT = "export"
 PARTS: tuple[Part, Part] = ("encoder", "decoder")
 WEIGHT_FILES = tuple(f"{part}.safetensors" for part in PARTS)
+_CONFIG_ENTRY = "vitok_config"  # in the metadata of a safetensors file
 _RELEASED_REPOSITORY = "philippehansen/ViTok-v2-"
 _REPOSITORY = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 _MAX_HEADER_BYTES = 100_000_000  # safetensors' own limit
@@ -40,10 +41,11 @@ def load_pretrained(
 ) -> Autoencoder:
     """Load an autoencoder from wherever its weights are; in eval mode, on the CPU.
 
-    The config is that of our config.json if there is one, or of a released model's name; else it
-    follows from the shapes of the weights. These do not tell tanh latents from LayerNorm; where
-    part is given and the other file is not there, the other side's fields have no meaning (see
-    vitok.shapes). A config.json of another format is passed over.
+    The config is that of our config.json if there is one, or of a released model's name; else that
+    which we note inside the files; else it follows from the shapes of the weights. These do not
+    tell tanh latents from LayerNorm; where part is given and the other file is not there, the other
+    side's fields have no meaning (see vitok.shapes). A config.json of another format is passed
+    over.
 
     Args:
         location: a folder or `s3://` prefix that holds the weights, a training checkpoint, or the
@@ -68,6 +70,10 @@ def load_pretrained(
             raise _unknown(given)
         if _REPOSITORY.fullmatch(name):
             return _load_repository(name, revision or "main", given, part, dtype)
+    if Path(given).is_file():
+        raise FileNotFoundError(
+            f"{given} is a file; give its folder, {Path(given).parent}, which holds the model"
+        )
     return _load_folder(Folder.of(given), part, dtype)
 
 
@@ -95,15 +101,14 @@ def load_checkpoint(
             config = _config_of_run(run) or config_of_shapes(shapes, folder.uri)
         with torch.device("meta"):
             model = Autoencoder(config, part)
-        wanted = {name: shapes[name] for name in shapes if part in (None, part_of(name))}
-        surplus = sorted(wanted.keys() - dict(model.named_parameters()).keys())
-        if surplus:
+        expected = {name: tuple(p.shape) for name, p in model.named_parameters()}
+        found = {name: shapes[name] for name in shapes if part in (None, part_of(name))}
+        if complaints := _complaints(expected, found):
             raise ValueError(
-                f"{folder.uri} is a checkpoint of another architecture: "
-                f"{_listed([f'{name} not expected' for name in surplus])}"
+                f"{folder.uri} is a checkpoint of another architecture: {_listed(complaints)}"
             )
         load_weights(model.to_empty(device="cpu"), local)
-    return model.to(dtype).eval().requires_grad_(False)
+    return model.to(dtype).eval()
 
 
 def save_pretrained(
@@ -117,10 +122,12 @@ def save_pretrained(
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
+    # The files may be moved without the config; shapes alone do not tell all of it.
+    metadata = {_CONFIG_ENTRY: json.dumps(to_dict(config))}
     for part in PARTS:
         tensors = {name: x.contiguous() for name, x in weights.items() if part_of(name) == part}
         if tensors:
-            save_file(tensors, folder / f"{part}.safetensors")
+            save_file(tensors, folder / f"{part}.safetensors", metadata)
     write_config(folder / CONFIG_FILE, config)
 
 
@@ -153,9 +160,10 @@ def _load_folder(folder: Folder, part: Part | None, dtype: torch.dtype) -> Autoe
             raise _no_weights(folder, file)
     config = _own_config(folder)
     if config is None:
-        shapes: Shapes = {}
-        for file in sorted(names & set(WEIGHT_FILES)):
-            shapes = {**shapes, **_header(folder, file)}
+        headers = [_header(folder, file) for file in sorted(names & set(WEIGHT_FILES))]
+        config = _noted_config(headers, folder.uri)
+    if config is None:
+        shapes = dict(item for header in headers for item in _shapes(header).items())
         config = config_of_shapes(shapes, folder.uri)
     if folder.is_local:
         return _build(config, part, Path(folder.uri), dtype, folder.uri)
@@ -175,12 +183,12 @@ def _load_repository(
         return _build(AutoencoderConfig.from_name(name), part, files, dtype, given)
     files = fetch(name, revision, wanted, [CONFIG_FILE], given=given)
     local = Folder.of(str(files))
-    config = _own_config(local)
+    config = _own_config(local) or _noted_config([_header(local, file) for file in wanted], given)
     if config is None:
         shapes: Shapes = {}
         for file in WEIGHT_FILES:
             if local.exists(file):
-                found = _header(local, file)
+                found = _shapes(_header(local, file))
             else:
                 found = fetch_shapes(name, files.name, file, given=given)
             shapes = {**shapes, **found}
@@ -201,7 +209,7 @@ def _build(
             for name, parameter in model.named_parameters()
             if file == f"{part_of(name)}.safetensors"
         }
-        complaints += _complaints(expected, _header(Folder.of(str(files)), file))
+        complaints += _complaints(expected, _shapes(_header(Folder.of(str(files)), file)))
     if complaints:
         raise ValueError(f"{source} does not hold the weights of its config: {_listed(complaints)}")
     weights: dict[str, Tensor] = {}
@@ -214,15 +222,15 @@ def _build(
         except SafetensorError as error:
             raise ValueError(f"{files / file} is damaged: {error}; copy it again") from error
     model.load_state_dict(weights, assign=True)
-    return model.eval().requires_grad_(False)
+    return model.eval()
 
 
 def _files_of(part: Part | None) -> list[str]:
     return [f"{side}.safetensors" for side in PARTS if part in (None, side)]
 
 
-def _header(folder: Folder, file: str) -> Shapes:
-    """Return the shapes of a safetensors file's tensors by name, reading its header alone."""
+def _header(folder: Folder, file: str) -> dict[str, Any]:
+    """Return the header of a safetensors file: an entry a tensor, and perhaps metadata."""
     filesystem, path = pyarrow.fs.FileSystem.from_uri(f"{folder.uri}/{file}")
     try:
         with filesystem.open_input_file(path) as stream:
@@ -230,11 +238,25 @@ def _header(folder: Folder, file: str) -> Shapes:
             if length > _MAX_HEADER_BYTES:
                 raise ValueError(f"a header of {length} bytes")
             entries = json.loads(stream.read(length))
-        return {
-            name: tuple(entry["shape"]) for name, entry in entries.items() if name != "__metadata__"
-        }
+        for name, entry in entries.items():
+            if name != "__metadata__":
+                tuple(entry["shape"])
+        return entries
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{folder.uri}/{file} is damaged: {error}; copy it again") from error
+
+
+def _shapes(header: dict[str, Any]) -> Shapes:
+    return {name: tuple(x["shape"]) for name, x in header.items() if name != "__metadata__"}
+
+
+def _noted_config(headers: list[dict[str, Any]], source: str) -> AutoencoderConfig | None:
+    """Read the config that save_pretrained noted in a file; None where there is none."""
+    for header in headers:
+        text = header.get("__metadata__", {}).get(_CONFIG_ENTRY)
+        if text is not None:
+            return parse_json(AutoencoderConfig, text, source)
+    return None
 
 
 def _complaints(expected: Shapes, found: Shapes) -> list[str]:

@@ -14,10 +14,10 @@ from vitok.attention import AttentionLayout, packed_attention
 
 ROPE_THETA = 10_000.0
 NORM_EPS = 1e-6
-# Tokens that a block takes at a time without gradients, on the CPU and on CUDA. On the CPU larger
-# temporaries come fresh from the system each time, and clearing their pages costs more than
-# computing them; on CUDA small ones would be bound by launches.
-INFERENCE_CHUNK = (1024, 16384)
+# Tokens that a block takes at a time without gradients. On the CPU larger temporaries come fresh
+# from the system each time, and clearing their pages costs more than computing them; on CUDA small
+# ones would be bound by launches.
+CPU_CHUNK, CUDA_CHUNK = 1024, 16384
 
 
 def swiglu_hidden(width: int) -> int:
@@ -141,7 +141,7 @@ class Block(nn.Module):
 
     def forward(self, x_TW: Tensor, rotation: Tensor, layout: AttentionLayout) -> Tensor:
         compute = self.compiled or Block.compute
-        chunk = INFERENCE_CHUNK[x_TW.is_cuda]
+        chunk = CUDA_CHUNK if x_TW.is_cuda else CPU_CHUNK
         if not torch.is_grad_enabled() and not self.compiled and len(x_TW) > chunk:
             return self.compute_in_chunks(x_TW, rotation, layout, chunk)
         if self.recomputes and torch.is_grad_enabled():
@@ -177,7 +177,8 @@ class Block(nn.Module):
             h_TW = self.norm1(x_TW[part])
             torch.stack(self.attn.project(h_TW, rotation[part]), dim=1, out=qkv_T3HD[part])
             out_TW[part] = self.ffn(h_TW)
-        attended_TW = packed_attention(*qkv_T3HD.unbind(1), layout).flatten(1)
+        q_THD, k_THD, v_THD = qkv_T3HD.unbind(1)
+        attended_TW = packed_attention(q_THD, k_THD, v_THD, layout).flatten(1)
         for part in parts:
             branches_TW = self.attn.out_proj(attended_TW[part]) + out_TW[part]
             torch.add(x_TW[part], self.layer_scale(branches_TW), out=out_TW[part])

@@ -3,7 +3,7 @@
 import re
 from typing import Literal
 
-from vitok.config import config
+from vitok.config import config, require_choice
 from vitok.transformer import swiglu_hidden
 
 Part = Literal["encoder", "decoder"]
@@ -90,8 +90,9 @@ class AutoencoderConfig:
                 f"patch_size={self.patch_size} must be at least 1 and "
                 f"latent_channels={self.latent_channels} at least 2"
             )
-        if self.latent_noise < 0:
-            raise ValueError(f"latent_noise={self.latent_noise} must not be negative")
+        require_choice("latent", self.latent, Latent)
+        if not 0 <= self.latent_noise < float("inf"):
+            raise ValueError(f"latent_noise={self.latent_noise} must be finite and not negative")
 
     @classmethod
     def from_name(cls, name: str) -> "AutoencoderConfig":
@@ -142,6 +143,11 @@ class AutoencoderConfig:
         return 3 * self.patch_size**2
 
     @property
+    def code_channels(self) -> int:
+        """Values that the encoder gives for a patch: 2c for KL latents, which have a spread."""
+        return self.latent_channels * (2 if self.latent == "kl" else 1)
+
+    @property
     def compression_ratio(self) -> float:
         """Pixel values for each latent value: r = 3 P^2 / c."""
         return self.patch_dim / self.latent_channels
@@ -160,12 +166,11 @@ class AutoencoderConfig:
             matrices = 4 * width**2 + 3 * width * swiglu_hidden(width)
             return depth * (2 * matrices + 4 * width * num_keys)
 
-        code = self.latent_channels * (2 if self.latent == "kl" else 1)
         if self.encoder_width:
             encoder = tower(self.encoder_width, self.encoder_depth)
-            encoder += 2 * self.encoder_width * (self.patch_dim + code)
+            encoder += 2 * self.encoder_width * (self.patch_dim + self.code_channels)
         else:
-            encoder = 2 * self.patch_dim * code
+            encoder = 2 * self.patch_dim * self.code_channels
         decoder = tower(self.decoder_width, self.decoder_depth)
         decoder += 2 * self.decoder_width * (self.patch_dim + self.latent_channels)
         return {"encoder": encoder, "decoder": decoder, None: encoder + decoder}[part]

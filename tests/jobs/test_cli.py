@@ -355,6 +355,20 @@ def test_reconstruct_writes_original_reconstruction_and_error(
     assert Path(result["picture"]) == out / "one.png"
 
 
+def test_an_unreadable_image_does_not_keep_the_others_from_being_reconstructed(
+    vitok, tiny_weights: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "photos/more").mkdir(parents=True)
+    for name, data in (("a", jpeg(32, 32)), ("b", b"no image"), ("c", jpeg(48, 32))):
+        (tmp_path / "photos" / f"{name}.jpg").write_bytes(data)
+    given = (tmp_path / "photos/*", "--model", tiny_weights, "--out", tmp_path / "out", "--json")
+    outcome = vitok("reconstruct", *given)
+    sentence = complaint(outcome)
+    assert sentence.startswith(f"1 of 3 images are unreadable: {tmp_path}/photos/b.jpg: not an")
+    assert [result["height"] for result in json.loads(outcome.out.splitlines()[-1])] == [32, 48]
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["a.png", "c.png"]
+
+
 def test_pictures_of_equal_file_names_do_not_overwrite_each_other(
     vitok, tiny_weights: Path, tmp_path: Path
 ) -> None:

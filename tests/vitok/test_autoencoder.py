@@ -5,8 +5,9 @@ from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from vitok.attention import attention_layout
-from vitok.autoencoder import Autoencoder, num_tokens, part_of
+from vitok.autoencoder import Autoencoder, part_of
 from vitok.packed import PackedTokens, pack_images
+from vitok.patches import num_tokens
 from vitok.transformer import rope_rotation
 
 BLOCK_PARAMETERS = [
@@ -69,7 +70,7 @@ def test_autoencoder_is_its_layers_in_order(make_autoencoder):
     packed = pack_images(
         [torch.randn(3, 20, 9), torch.randn(3, 8, 8)], patch_size=8, row_tokens=9, max_images=3
     )
-    layout = attention_layout(packed, torch.float32)
+    layout = attention_layout(packed, torch.float32, 8)
     with torch.no_grad():
         x = packed.tokens @ model.patch_embed.weight.T + model.patch_embed.bias
         for block in model.encoder_blocks:
@@ -192,7 +193,7 @@ def test_one_part_alone_computes_what_it_does_in_the_whole(make_autoencoder, par
         else:
             pixels = whole.decode_packed(latents)
             assert torch.equal(alone.decode_packed(latents).tokens, pixels.tokens)
-        with pytest.raises(ValueError, match=f"a {part} alone; load it without part='{part}'"):
+        with pytest.raises(ValueError, match=f"its {part} alone; load it without part='{part}'"):
             alone(packed)
 
 
@@ -229,3 +230,25 @@ def test_a_window_changes_what_is_far_away_and_nothing_where_it_covers_the_image
     with torch.no_grad():
         expected = model(one_patch).pixels.tokens
         torch.testing.assert_close(model(one_patch, window=0).pixels.tokens, expected)
+
+
+@pytest.mark.parametrize("backend", ["halo", "flex"])
+def test_backends_of_a_window_agree_through_the_whole_model(make_autoencoder, backend) -> None:
+    wide = {"encoder_width": 32, "decoder_width": 48, "decoder_depth": 1}
+    model = make_autoencoder(**wide)
+    packed = pack_images(
+        [torch.rand(3, 136, 80), torch.rand(3, 24, 8)], patch_size=8, row_tokens=180
+    )
+    with torch.no_grad():
+        expected = model(packed, window=2).pixels.tokens
+        model.window_backend = backend
+        actual = model(packed, window=2).pixels.tokens
+    torch.testing.assert_close(actual, expected, rtol=1e-3, atol=1e-4)
+    model.window_backend = "halloo"
+    with pytest.raises(ValueError, match="window_backend='halloo' must be one of halo, flex"):
+        model(packed, window=2)
+
+
+def test_a_part_that_is_none_is_refused(make_autoencoder):
+    with pytest.raises(ValueError, match="part='enc' must be one of encoder, decoder"):
+        Autoencoder(make_autoencoder().config, part="enc")

@@ -96,6 +96,20 @@ def test_unpacking_gives_back_the_images_in_order(sizes, patch_size, extra_token
         assert all(torch.equal(a, b) for a, b in zip(unpacked, images, strict=True))
 
 
+@pytest.mark.parametrize(
+    ("image", "sentence"),
+    [
+        (torch.zeros(3, 0, 8), r"image 1 has shape \[3, 0, 8\]; give \[3, H, W\] with at least"),
+        (torch.zeros(1, 8, 8), r"image 1 has shape \[1, 8, 8\]"),
+        (torch.zeros(8, 8), r"image 1 has shape \[8, 8\]"),
+        (torch.zeros(3, 8, 8, dtype=torch.uint8), r"image 1 is torch.uint8; give floats in"),
+    ],
+)
+def test_what_is_no_image_is_not_packed(image: Tensor, sentence: str) -> None:
+    with pytest.raises(ValueError, match=sentence):
+        pack_images([torch.zeros(3, 8, 8), image], patch_size=8)
+
+
 def test_other_tokens_keep_the_layout():
     packed = pack_images(random_images([(9, 9), (8, 8)]), patch_size=8, row_tokens=7)
     other = packed.with_tokens(torch.zeros(7, 2)).to("cpu")

@@ -23,6 +23,7 @@ from vitok.parallel import (
     float8_inference,
     float8_training,
     prepare_blocks,
+    require_float8,
     shard_model,
 )
 from vitok.transformer import Block, rope_rotation
@@ -107,7 +108,7 @@ def pretended_h100() -> Iterator[None]:
 def test_checkpointed_block_gives_the_same_output_and_gradients(make_autoencoder) -> None:
     block = make_autoencoder().decoder_blocks[0]
     row = row_of(ROWS[0])
-    layout = attention_layout(row, torch.float32)
+    layout = attention_layout(row, torch.float32, 8)
     rotation = rope_rotation(row.patch_coord, 8)
     results = []
     for every in (0, 1):
@@ -373,3 +374,12 @@ def test_float8_inference_converts_the_linears_in_blocks_and_stays_close(make_au
     }
     difference = (actual - expected).norm() / expected.norm()
     assert 0 < difference < 0.2
+
+
+def test_float8_asks_for_its_package_and_for_rows_it_can_multiply(monkeypatch) -> None:
+    with pytest.raises(ValueError, match="row_tokens=1000 to be a multiple of 16"):
+        require_float8(1000)
+    require_float8(1008)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ImportError, match=r"pip install \"vitok\[fp8\]\""):
+        require_float8(1008)

@@ -459,3 +459,25 @@ def test_lpips_that_cannot_be_imported_is_refused_as_the_loss_is_built(
     with pytest.raises(ImportError, match=r'needs the package lpips .* install "vitok\[lpips\]"'):
         ReconstructionLoss(config)
     ReconstructionLoss(LossConfig())
+
+
+@pytest.mark.parametrize(
+    ("change", "complaint"),
+    [
+        (lambda weights: weights.popitem(), "missing"),
+        (lambda weights: weights.update(extra=torch.zeros(2)), "extra not expected"),
+        (lambda weights: weights.update({"norm.weight": torch.zeros(3)}), "of another shape"),
+    ],
+)
+def test_dino_weights_that_are_not_whole_are_refused(
+    tiny_dino: nn.Module, tmp_path: Path, change, complaint: str
+) -> None:
+    tiny_dino.save_pretrained(tmp_path)
+    DinoTileLoss.from_pretrained(str(tmp_path))
+    file = tmp_path / "model.safetensors"
+    weights = load_file(file)
+    assert "norm.weight" in weights
+    change(weights)
+    save_file(weights, file, {"format": "pt"})
+    with pytest.raises(ValueError, match=rf"does not hold a whole DINOv3: .*{complaint}"):
+        DinoTileLoss.from_pretrained(str(tmp_path))

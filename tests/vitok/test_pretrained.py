@@ -8,6 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from tests.vitok.weight_folders import forget_config
 from vitok.autoencoder import Autoencoder, part_of
 from vitok.packed import pack_images
 from vitok.pretrained import encoder_digest, load_pretrained, save_pretrained
@@ -33,7 +34,7 @@ def assert_same_weights(loaded: Autoencoder, expected: dict[str, Tensor]) -> Non
     for name, parameter in found.items():
         assert parameter.dtype == expected[name].dtype
         assert torch.equal(parameter, expected[name]), name
-        assert parameter.device.type == "cpu" and not parameter.requires_grad
+        assert parameter.device.type == "cpu" and parameter.requires_grad
     assert not loaded.training
 
 
@@ -61,7 +62,7 @@ def test_saved_weights_come_back_bit_for_bit(
     model = make_autoencoder(**KINDS[kind]).to(dtype)
     save_pretrained(tmp_path, model.config, parameters(model))
     if not with_config:
-        (tmp_path / "config.json").unlink()
+        forget_config(tmp_path)
     loaded = load_pretrained(tmp_path, dtype=dtype)
     assert loaded.config == model.config
     assert_same_weights(loaded, parameters(model))
@@ -78,6 +79,11 @@ def test_config_file_tells_what_shapes_cannot(
     save_pretrained(tmp_path, model.config, parameters(model))
     assert load_pretrained(tmp_path).config == model.config
     (tmp_path / "config.json").unlink()
+    assert load_pretrained(tmp_path).config == model.config, "it is noted in the files too"
+    (tmp_path / "decoder.safetensors").unlink()
+    assert load_pretrained(tmp_path, part="encoder").config == model.config
+    save_pretrained(tmp_path, model.config, parameters(model))
+    forget_config(tmp_path)
     assert load_pretrained(tmp_path).config == replace(
         model.config, latent="layernorm", latent_noise=0.01
     )
@@ -177,7 +183,7 @@ def test_one_part_needs_no_more_of_the_other_than_its_header(
 ) -> None:
     model = make_autoencoder(**KINDS[kind])
     save_pretrained(tmp_path, model.config, parameters(model))
-    (tmp_path / "config.json").unlink()
+    forget_config(tmp_path)
     other = {"encoder": "decoder", "decoder": "encoder"}[part]
     cut_after_header(tmp_path / f"{other}.safetensors")
     loaded = load_pretrained(tmp_path, part=part)
@@ -209,7 +215,7 @@ def test_one_part_alone_is_enough_with_its_config(
 def test_one_part_alone_without_config_stands_in_for_the_other(
     make_autoencoder: Callable[..., Autoencoder], folder: Path, tmp_path: Path
 ) -> None:
-    (folder / "config.json").unlink()
+    forget_config(folder)
     (folder / "decoder.safetensors").rename(tmp_path / "decoder.safetensors")
     encoder = load_pretrained(folder, part="encoder").config
     assert (encoder.decoder_width, encoder.decoder_depth, encoder.decoder_heads) == (16, 0, 2)
@@ -219,7 +225,7 @@ def test_one_part_alone_without_config_stands_in_for_the_other(
         assert (config.patch_size, config.latent_channels, config.latent) == (8, 6, "layernorm")
     linear = make_autoencoder(**LINEAR)
     save_pretrained(folder, linear.config, parameters(linear))
-    (folder / "config.json").unlink()
+    forget_config(folder)
     (folder / "decoder.safetensors").unlink()
     config = load_pretrained(folder, part="encoder").config
     assert config.encoder_width == 0 and config.decoder_depth == 0
@@ -240,6 +246,11 @@ def test_a_missing_file_is_named(folder: Path, part: str | None, file: str) -> N
         load_pretrained(folder, part=part)
 
 
+def test_a_file_instead_of_its_folder_is_named(folder: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=rf"is a file; give its folder, {folder}, which"):
+        load_pretrained(folder / "encoder.safetensors")
+
+
 def test_a_missing_folder_is_named(tmp_path: Path) -> None:
     nowhere = tmp_path / "nowhere"
     for location in (nowhere, str(nowhere), f"file://{nowhere}"):
@@ -252,7 +263,7 @@ def test_missing_surplus_and_misshapen_weights_are_each_named(
     folder: Path, with_config: bool
 ) -> None:
     if not with_config:
-        (folder / "config.json").unlink()
+        forget_config(folder)
     weights = load_file(folder / "encoder.safetensors")
     del weights["encoder_blocks.0.attn.norm_k.weight"]
     weights["encoder_blocks.0.attn.norm_x.weight"] = torch.zeros(3)
@@ -287,7 +298,7 @@ def test_weights_of_a_wrapped_model_are_refused(folder: Path, prefix: str) -> No
         save_file({f"{prefix}{name}": x for name, x in load_file(path).items()}, path)
     with pytest.raises(ValueError, match=rf"{prefix}encoder_blocks.* not expected; .* more$"):
         load_pretrained(folder)
-    (folder / "config.json").unlink()
+    forget_config(folder)
     with pytest.raises(ValueError, match=rf"neither to_code.weight .* \({prefix}dec"):
         load_pretrained(folder)
 
@@ -306,7 +317,7 @@ def test_weights_of_a_wrapped_model_are_refused(folder: Path, prefix: str) -> No
 def test_shapes_that_no_autoencoder_has_are_refused(
     folder: Path, name: str, shape: tuple[int, ...] | None, sentence: str
 ) -> None:
-    (folder / "config.json").unlink()
+    forget_config(folder)
     weights = load_file(folder / "encoder.safetensors")
     del weights[name]
     if shape is not None:
@@ -322,7 +333,7 @@ def test_shapes_that_no_autoencoder_has_are_refused(
 @pytest.mark.parametrize("with_config", [True, False])
 def test_a_damaged_file_is_named(folder: Path, damage: bytes, with_config: bool) -> None:
     if not with_config:
-        (folder / "config.json").unlink()
+        forget_config(folder)
     (folder / "decoder.safetensors").write_bytes(damage)
     with pytest.raises(ValueError, match=rf"{folder}/decoder.safetensors is damaged: .*; copy it"):
         load_pretrained(folder)
@@ -395,7 +406,7 @@ def test_encoder_digest_is_the_same_however_the_encoder_was_loaded(
     for dtype in (torch.float32, torch.bfloat16):
         for part in (None, "encoder"):
             digests.add(encoder_digest(load_pretrained(tmp_path, part=part, dtype=dtype)))
-    (tmp_path / "config.json").unlink()
+    forget_config(tmp_path)
     digests.add(encoder_digest(load_pretrained(tmp_path, part="encoder")))
     if "kl" not in kind:  # which the encoder's file alone does not tell
         (tmp_path / "decoder.safetensors").unlink()

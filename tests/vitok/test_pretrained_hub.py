@@ -8,6 +8,7 @@ import pytest
 import torch
 from huggingface_hub import constants
 
+from tests.vitok.weight_folders import forget_config
 from vitok import variants
 from vitok.autoencoder import Autoencoder, part_of
 from vitok.pretrained import load_pretrained, save_pretrained
@@ -146,7 +147,7 @@ def random_model(config: AutoencoderConfig) -> Autoencoder:
 
 def save_without_config(folder: Path, model: Autoencoder) -> Path:
     save_pretrained(folder, model.config, model.state_dict())
-    (folder / CONFIG).unlink()
+    forget_config(folder)
     return folder
 
 

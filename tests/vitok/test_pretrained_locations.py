@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 
+from tests.vitok.weight_folders import forget_config
 from vitok.autoencoder import Autoencoder, part_of
 from vitok.checkpoint import PROGRESS_FILE
 from vitok.config import to_dict
@@ -61,7 +62,7 @@ def test_checkpoint_of_a_training_is_a_model(
     assert loaded.config == model.config
     assert_same(loaded, model, part)
     assert not loaded.training
-    assert not any(parameter.requires_grad for parameter in loaded.parameters())
+    assert all(parameter.requires_grad for parameter in loaded.parameters())
     half = load_pretrained(tmp_path / "step-3", part=part, dtype=torch.bfloat16)
     assert_same(half, model.to(torch.bfloat16), part)
 
@@ -145,7 +146,7 @@ def test_object_store_holds_models_too(
     folder = tmp_path / "weights"
     save_pretrained(folder, model.config, model.state_dict())
     if not with_config:
-        (folder / CONFIG).unlink()
+        forget_config(folder)
     location = f"{object_store}/folder-{with_config}"
     with pytest.raises(FileNotFoundError, match=rf"{location} holds no encoder.safetensors"):
         load_pretrained(location)
@@ -162,7 +163,7 @@ def test_object_store_gives_no_more_than_the_part_asked_for(
     model = make_autoencoder(latent="kl")
     folder = tmp_path / "weights"
     save_pretrained(folder, model.config, model.state_dict())
-    (folder / CONFIG).unlink()
+    forget_config(folder)
     decoder = (folder / DECODER).read_bytes()
     (folder / DECODER).write_bytes(decoder[: 8 + int.from_bytes(decoder[:8], "little")])
     location = f"{object_store}/half"

@@ -175,7 +175,7 @@ def test_attention_equals_its_definition():
     row = layout_of(GRIDS, patch_size=1, row_tokens=12, max_images=4, max_seqlen=6)
     x = torch.randn(12, width)
     out = layer(
-        x, rope_rotation(row.patch_coord, width // heads), attention_layout(row, torch.float32)
+        x, rope_rotation(row.patch_coord, width // heads), attention_layout(row, torch.float32, 8)
     )
 
     expected = [
@@ -193,7 +193,7 @@ def test_block_is_parallel_and_has_one_gain(scale: float) -> None:
     row = layout_of(GRIDS, patch_size=1, row_tokens=12, max_images=3, max_seqlen=6)
     x = scale * torch.randn(12, width)
     out = block(
-        x, rope_rotation(row.patch_coord, width // heads), attention_layout(row, torch.float32)
+        x, rope_rotation(row.patch_coord, width // heads), attention_layout(row, torch.float32, 8)
     )
 
     weights = double_weights(block)
@@ -220,13 +220,13 @@ def test_a_new_block_has_its_initial_gain():
 def test_a_block_in_chunks_equals_the_block_at_once(chunk: int, monkeypatch) -> None:
     block = randomized(Block(16, 2, 0.1))
     row = layout_of(GRIDS, patch_size=1, row_tokens=12, max_images=4, max_seqlen=6)
-    layout = attention_layout(row, torch.float32)
+    layout = attention_layout(row, torch.float32, 8)
     rotation = rope_rotation(row.patch_coord, 8)
     x = torch.randn(12, 16)
     at_once = block(x, rotation, layout)
 
     sizes: list[int] = []
-    monkeypatch.setattr(transformer, "INFERENCE_CHUNK", (chunk, chunk))
+    monkeypatch.setattr(transformer, "CPU_CHUNK", chunk)
     block.ffn.register_forward_hook(lambda module, given, out: sizes.append(len(given[0])))
     with torch.inference_mode():
         in_chunks = block(x, rotation, layout)
