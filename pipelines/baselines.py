@@ -68,6 +68,6 @@ def _diffusers() -> Any:
         diffusers.utils.logging.set_verbosity_error()
     except ImportError as error:
         raise ImportError(
-            'diffusers is not installed; pip install "vitok[baselines]", or ask for no baselines'
+            "diffusers is not installed; `pip install diffusers`, or ask for no baselines"
         ) from error
     return diffusers

@@ -18,7 +18,7 @@ from vitok.config import config
 from vitok.transformer import Block
 
 FLOAT8_CAPABILITY = (8, 9)
-_NO_TORCHAO = 'float8 needs torchao; pip install "vitok[fp8]", or leave float8 off'
+_NO_TORCHAO = "float8 needs torchao; `pip install torchao`, or leave float8 off"
 # Graphs of one torch.compile: encoder and decoder width, with gradients and without, a first row
 # length and then any; twice that leaves room for a frozen encoder and another compute dtype.
 _RECOMPILE_LIMIT = 16

@@ -146,7 +146,7 @@ class LpipsTileLoss(nn.Module):
         except (ImportError, RuntimeError) as error:  # the latter from an unfitting torchvision
             raise ImportError(
                 "the LPIPS term needs the package lpips and a torchvision that fits this torch; "
-                'install them with `pip install "vitok[lpips]"`, or set loss.lpips to 0'
+                "install them with `pip install lpips`, or set loss.lpips to 0"
             ) from error
         if not Path(weights).is_file():
             raise FileNotFoundError(
