@@ -31,7 +31,11 @@ def recording_worker(given: dict[str, Any], notes: Path, fatal_step: int | None)
     marker = notes / "killed"
 
     def record(
-        loss: nn.Module, model: nn.Module, row: PackedRow, device: torch.device
+        settings: AutoencoderTraining,
+        loss: nn.Module,
+        model: nn.Module,
+        row: PackedRow,
+        device: torch.device,
     ) -> dict[str, Tensor]:
         if rank == 1 and row.step == fatal_step and not marker.exists():
             marker.touch()
@@ -45,7 +49,7 @@ def recording_worker(given: dict[str, Any], notes: Path, fatal_step: int | None)
         }
         with (notes / f"{pid}.jsonl").open("a") as file:
             file.write(json.dumps(note) + "\n")
-        return original(loss, model, row, device)
+        return original(settings, loss, model, row, device)
 
     train_autoencoder.reconstruction_step = record
     train_autoencoder._worker(given)
