@@ -155,7 +155,58 @@ def inference(
     _finish("inference", {"model": model, "dtype": dtype, **report(cases)}, threads)
 
 
-BENCHMARKS: dict[str, Callable[..., None]] = {"attention": attention, "inference": inference}
+def ingest(
+    shards: tuple[str, ...] = (),
+    token_budgets: tuple[int, ...] = (256,),
+    packed_budgets: tuple[int, ...] = (64, 128, 256, 512, 1024),
+    packed_images: int = 8192,
+    images_per_step: int = 256,
+    row_tokens: int = 8192,
+    num_images: int = 0,
+    ray_images: int = 8192,
+    repeats: int = 5,
+    json: bool = False,
+) -> None:
+    """Images/s from bare decoding to packed rows in one process, and through Ray; utilisation.
+
+    Args:
+        shards: WebDataset shards: files, folders, globs or URIs; those that the environment
+            variable VITOK_SAMPLE names if empty, else the corpus of the quickstart.
+        token_budgets: token budgets of the crops that are decoded.
+        packed_budgets: token budgets of the training stream whose utilisation is planned.
+        packed_images: images of a step of that stream.
+        images_per_step: images that are decoded and packed together.
+        row_tokens: tokens of a packed row.
+        num_images: images of a pass in one process; one epoch if 0.
+        ray_images: images through Ray, on all cores; 0 leaves Ray out.
+        repeats: timed passes in one process, on one thread; the median counts.
+        json: print the JSON alone.
+    """
+    from jobs.bench_ingest import measure_ingest
+
+    torch.set_num_threads(1)
+    figures = measure_ingest(
+        shards=shards,
+        token_budgets=token_budgets,
+        packed_budgets=packed_budgets,
+        packed_images=packed_images,
+        images_per_step=images_per_step,
+        row_tokens=row_tokens,
+        num_images=num_images,
+        ray_images=ray_images,
+        repeats=repeats,
+    )
+    if not json:
+        for name, figure in figures.items():
+            print(f"{name:<30} {figure:10.3f}")
+    _finish("ingest", {name: round(figure, 4) for name, figure in figures.items()}, threads=1)
+
+
+BENCHMARKS: dict[str, Callable[..., None]] = {
+    "attention": attention,
+    "inference": inference,
+    "ingest": ingest,
+}
 
 
 def _free_bytes() -> int:

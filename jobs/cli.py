@@ -223,31 +223,10 @@ def ui(arguments: Sequence[str]) -> None:
 
 
 def corpus(arguments: Sequence[str]) -> None:
-    """make a manifest of image shards (corpus index)"""
-    from tqdm import tqdm
+    """shards of images, their manifest, checks and plans (corpus build, index, check, plan)"""
+    from jobs.corpus import CORPUS_COMMANDS
 
-    from pipelines.corpus import build_manifest
-
-    def index(shards: tyro.conf.Positional[list[str]], /, *, out: str) -> None:
-        """Read WebDataset shards once and write their manifest.
-
-        Args:
-            shards: tar files, folders of them, globs, brace ranges, s3:// URIs.
-            out: folder for the manifest; must not exist.
-        """
-        with tqdm(desc="index", unit="shard") as bar:
-
-            def show(done: int, total: int) -> None:
-                bar.total = total
-                bar.update(done - bar.n)
-
-            manifest = build_manifest(shards, out, show)
-        print(f"shards: {len(manifest.uris)}, samples: {manifest.num_samples}")
-        for uri, key, reason in manifest.skipped():
-            print(f"skipped {key} of {uri}: {reason}")
-        print(f"manifest: {manifest.path}")
-
-    _sub_command("corpus", {"index": index}, arguments)
+    _sub_command("corpus", CORPUS_COMMANDS, arguments)
 
 
 def latents(arguments: Sequence[str]) -> None:

@@ -24,6 +24,7 @@ from pipelines.latents import (
     write_unit,
 )
 from pipelines.launch import check_resources
+from pipelines.mixture import Corpus
 from pipelines.packing import pack_best_fit
 from pipelines.plan import whole_view
 from pipelines.progress import progress_bar
@@ -224,7 +225,7 @@ def encode_unit(
     # A row at a time, so that a unit of any size needs the memory of one.
     for members in packs:
         (row,) = load_rows(
-            source,
+            Corpus.of(source),
             records.take(members),
             [[views[i] for i in members]],
             step=0,

@@ -3,8 +3,11 @@
 A manifest is a folder that is written once and never changed:
 
     shards.parquet           one row a shard, in order: uri, num_bytes, num_samples, digest
-    samples/000000.parquet   one file a shard: key, offset, length, width, height, label
-    skipped.parquet          uri, key, reason of the samples that cannot be used
+                             (sha256), size_counts (images of each class of size_histogram.py)
+    samples/DIGEST.parquet   one file a shard: key, offset, length, width, height, label, in row
+                             groups of 1,024, so that neighbours can be read without the rest
+    skipped.parquet          uri, key, reason of the samples that cannot be used; a shard that was
+                             left out as a whole has an empty key
 
 Samples are numbered 0 .. num_samples - 1 through all shards in this order; what is skipped has no
 number. Everything that plans or reads speaks of samples by this number.
@@ -20,10 +23,20 @@ from functools import cached_property, lru_cache
 from pathlib import Path
 
 import numpy as np
-import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipelines.shards import expand_shards, local_folder, open_shard, write_shards
+from pipelines.manifest_tables import (
+    SAMPLE_SCHEMA,
+    SAMPLES_PER_ROW_GROUP,
+    SHARD_SCHEMA,
+    SKIPPED_SCHEMA,
+    ShardEntry,
+    side_index_bytes,
+    side_index_path,
+    write_tables,
+)
+from pipelines.shards import expand_shards, local_folder, open_ranges, open_shard, write_shards
+from pipelines.size_histogram import NUM_CLASSES
 from pipelines.tar_index import ShardIndex, index_shard
 
 __all__ = [
@@ -33,7 +46,9 @@ __all__ = [
     "build_manifest",
     "expand_shards",
     "index_shard",
+    "open_shard",
     "read_samples",
+    "refuse_existing",
     "write_manifest",
     "write_shards",
 ]
@@ -42,21 +57,6 @@ __all__ = [
 MAX_GAP_BYTES = 64 * 2**10
 # What one read may hold on top of the samples it is cut into.
 MAX_READ_BYTES = 32 * 2**20
-
-_SHARD_SCHEMA = pa.schema(
-    {"uri": pa.string(), "num_bytes": pa.int64(), "num_samples": pa.int64(), "digest": pa.string()}
-)
-_SAMPLE_SCHEMA = pa.schema(
-    {
-        "key": pa.string(),
-        "offset": pa.int64(),
-        "length": pa.int64(),
-        "width": pa.int32(),
-        "height": pa.int32(),
-        "label": pa.int64(),
-    }
-)
-_SKIPPED_SCHEMA = pa.schema({"uri": pa.string(), "key": pa.string(), "reason": pa.string()})
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -114,7 +114,8 @@ class Manifest:
                 f"{path}: no manifest in this folder; `vitok corpus index SHARDS --out {path}` "
                 "makes one"
             )
-        table = pq.read_table(table_path, schema=_SHARD_SCHEMA)
+        columns = ["uri", "num_samples", "digest"]
+        table = pq.read_table(table_path, schema=SHARD_SCHEMA, columns=columns)
         num_samples = table["num_samples"].to_numpy()
         if num_samples.sum() == 0:
             raise ValueError(
@@ -132,6 +133,19 @@ class Manifest:
     @property
     def num_samples(self) -> int:
         return int(self.first_sample[-1])
+
+    @cached_property
+    def num_bytes_per_shard(self) -> np.ndarray:
+        """Bytes of each shard, int64 [num_shards]."""
+        table = pq.read_table(self.path / "shards.parquet", columns=["num_bytes"])
+        return table["num_bytes"].to_numpy()
+
+    @cached_property
+    def size_counts(self) -> np.ndarray:
+        """Images of each size class of each shard, int32 [num_shards, NUM_CLASSES]."""
+        table = pq.read_table(self.path / "shards.parquet", columns=["size_counts"])
+        counts = table["size_counts"].combine_chunks().flatten().to_numpy()
+        return counts.reshape(len(self.uris), NUM_CLASSES)
 
     @cached_property
     def digest(self) -> str:
@@ -161,35 +175,37 @@ class Manifest:
         shard, index_in_shard = self.locate(sample_ids)
         columns = {
             name: np.empty(len(sample_ids), object if name == "key" else np.int64)
-            for name in _SAMPLE_SCHEMA.names
+            for name in SAMPLE_SCHEMA.names
         }
-        for rows in _rows_of_each(shard):
-            table = self._side_index(int(shard[rows[0]])).take(pa.array(index_in_shard[rows]))
+        group, index_in_group = np.divmod(index_in_shard, SAMPLES_PER_ROW_GROUP)
+        groups_per_shard = int(self.num_samples_per_shard.max()) // SAMPLES_PER_ROW_GROUP + 1
+        for rows in _rows_of_each(shard * groups_per_shard + group):
+            digest = str(self.shard_digests[shard[rows[0]]])
+            found = _load_row_group(side_index_path(self.path, digest), int(group[rows[0]]))
             for name, column in columns.items():
-                column[rows] = table[name].to_numpy()
+                column[rows] = found[name][index_in_group[rows]]
         for name in ("width", "height"):
             columns[name] = columns[name].astype(np.int32)
         return SampleRecords(sample_id=sample_ids, shard=shard, **columns)
 
     def skipped(self) -> list[tuple[str, str, str]]:
         """(uri, key, reason) of every sample that the shards hold and the manifest does not."""
-        table = pq.read_table(self.path / "skipped.parquet", schema=_SKIPPED_SCHEMA)
+        table = pq.read_table(self.path / "skipped.parquet", schema=SKIPPED_SCHEMA)
         return list(zip(*(column.to_pylist() for column in table.columns), strict=True))
 
-    def _side_index(self, shard: int) -> pa.Table:
-        table = _load_side_index(_side_index_path(self.path, shard), str(self.shard_digests[shard]))
-        assert table.num_rows == self.num_samples_per_shard[shard], (self.path, shard)
-        return table
 
+# A step that does not fit its rows is planned again, and its neighbours in a task lie near. At
+# about 200 bytes a sample, these groups take 200 MB at most.
+@lru_cache(maxsize=1024)
+def _load_row_group(path: Path, group: int) -> dict[str, np.ndarray]:
+    """Read SAMPLES_PER_ROW_GROUP samples of a shard, as columns.
 
-@lru_cache(maxsize=32)
-def _load_side_index(path: Path, shard_digest: str) -> pa.Table:
-    """The digest is part of the cache's key alone: a manifest may be rebuilt in the same place."""
-    return pq.read_table(path, schema=_SAMPLE_SCHEMA)
-
-
-def _side_index_path(manifest_path: Path, shard: int) -> Path:
-    return manifest_path / "samples" / f"{shard:06d}.parquet"
+    Side indexes are named by their shard's digest: one is never outdated, even if a manifest is
+    rebuilt in its place.
+    """
+    with pq.ParquetFile(path) as file:
+        table = file.read_row_group(group, columns=SAMPLE_SCHEMA.names, use_threads=False)
+    return {name: table[name].to_numpy() for name in SAMPLE_SCHEMA.names}
 
 
 def _rows_of_each(values: np.ndarray) -> Iterator[np.ndarray]:
@@ -228,58 +244,33 @@ def write_manifest(
         ValueError: no samples, a shard twice, or more than max_skipped_fraction of the samples
             cannot be used.
     """
-    path = local_folder(path)
-    if path.exists() and (not path.is_dir() or any(path.iterdir())):
-        raise FileExistsError(f"{path}: exists already; remove it or write the manifest elsewhere")
+    path = refuse_existing(path)
     unfinished = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
-    unfinished.mkdir(parents=True)
+    (unfinished / "samples").mkdir(parents=True)
+
+    def entries() -> Iterator[ShardEntry]:
+        for index in indexes:
+            side_index_path(unfinished, index.digest).write_bytes(side_index_bytes(index))
+            yield ShardEntry.of(index)
+
     try:
-        _write_tables(indexes, unfinished, max_skipped_fraction)
+        write_tables(entries(), unfinished, max_skipped_fraction)
         os.replace(unfinished, path)
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
     return Manifest.load(path)
 
 
-def _write_tables(indexes: Iterable[ShardIndex], folder: Path, max_skipped_fraction: float) -> None:
-    shards: dict[str, tuple[str, int, int, str]] = {}
-    skipped: list[tuple[str, str, str]] = []
-    (folder / "samples").mkdir()
-    for index in indexes:
-        if index.uri in shards:
-            raise ValueError(f"{index.uri}: this shard is listed twice; its samples would be too")
-        samples = pa.table({name: getattr(index, name) for name in _SAMPLE_SCHEMA.names})
-        pq.write_table(samples.cast(_SAMPLE_SCHEMA), _side_index_path(folder, len(shards)))
-        shards[index.uri] = (index.uri, index.num_bytes, index.num_samples, index.digest)
-        skipped += [(index.uri, key, reason) for key, reason in index.skipped]
-    num_samples = sum(num_samples for _, _, num_samples, _ in shards.values())
-    _check_skipped(skipped, num_samples, len(shards), max_skipped_fraction)
-    _write_rows(skipped, _SKIPPED_SCHEMA, folder / "skipped.parquet")
-    _write_rows(list(shards.values()), _SHARD_SCHEMA, folder / "shards.parquet")
+def refuse_existing(path: str | Path, what: str = "manifest") -> Path:
+    """Return the absolute path of a folder that is to be written.
 
-
-def _check_skipped(
-    skipped: list[tuple[str, str, str]],
-    num_samples: int,
-    num_shards: int,
-    max_skipped_fraction: float,
-) -> None:
-    first_ones = "".join(f"\n  {uri}: {key}: {reason}" for uri, key, reason in skipped[:10])
-    if num_samples == 0:
-        raise ValueError(f"no usable sample in {num_shards} shards{first_ones}")
-    fraction = len(skipped) / (num_samples + len(skipped))
-    if fraction > max_skipped_fraction:
-        raise ValueError(
-            f"{len(skipped)} of {num_samples + len(skipped)} samples cannot be used, more than "
-            f"max_skipped_fraction={max_skipped_fraction}; mend the shards or raise the limit. "
-            f"The first ones:{first_ones}"
-        )
-
-
-def _write_rows(rows: list[tuple], schema: pa.Schema, path: Path) -> None:
-    columns = list(zip(*rows, strict=True)) if rows else [()] * len(schema)
-    arrays = [pa.array(column, kind) for column, kind in zip(columns, schema.types, strict=True)]
-    pq.write_table(pa.table(arrays, schema=schema), path)
+    Raises:
+        FileExistsError: there is something at this path already.
+    """
+    path = local_folder(path)
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise FileExistsError(f"{path}: exists already; remove it or write the {what} elsewhere")
+    return path
 
 
 def read_samples(manifest: Manifest, records: SampleRecords) -> list[bytes]:
@@ -288,18 +279,19 @@ def read_samples(manifest: Manifest, records: SampleRecords) -> list[bytes]:
     Each shard is opened once and read front to back, neighbours in one read.
 
     Raises:
+        ObjectChanged: a shard is not as long as it was, or was replaced in the meantime.
         OSError: a shard ends inside a sample, or the store failed.
     """
     images: list[bytes] = [b""] * len(records)
     for rows in _rows_of_each(records.shard):
-        uri = manifest.uris[records.shard[rows[0]]]
+        shard = int(records.shard[rows[0]])
+        uri = manifest.uris[shard]
         rows = rows[np.argsort(records.offset[rows], kind="stable")]
-        with open_shard(uri) as stream:
+        with open_ranges(uri, int(manifest.num_bytes_per_shard[shard])) as read:
             for span in _spans(rows, records):
                 start = int(records.offset[span[0]])
-                stream.seek(start)
                 end = int((records.offset[span] + records.length[span]).max())
-                block = memoryview(stream.read(end - start))
+                block = memoryview(read(start, end - start))
                 for row in span:
                     offset, length = int(records.offset[row]), int(records.length[row])
                     image = bytes(block[offset - start : offset - start + length])

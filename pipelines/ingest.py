@@ -15,11 +15,12 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from pipelines.corpus import Manifest, SampleRecords, read_samples
+from pipelines.corpus import SampleRecords
 from pipelines.decode import UnreadableImage, decode_rgb
+from pipelines.mixture import Corpus
 from pipelines.plan import Plan, SampleView, StepPlan
 from vitok.packed import PackedTokens, layout_of
-from vitok.patches import normalize_patches, pad_to_patch, patchify
+from vitok.patches import grid_size, normalize_patches
 
 # Small steps are read several at a time, so that a task is worth its start.
 _IMAGES_PER_TASK = 256
@@ -99,7 +100,7 @@ def _load_worker(
     place = {sample_id: i for i, sample_id in enumerate(planned.records.sample_id.tolist())}
     mine = sorted({place[view.sample_id] for row in rows for view in row})
     return load_rows(
-        plan.manifest,
+        plan.corpus,
         planned.records.take(mine),
         rows,
         step=step,
@@ -111,7 +112,7 @@ def _load_worker(
 
 
 def load_rows(
-    manifest: Manifest,
+    corpus: Corpus,
     records: SampleRecords,
     rows: list[list[SampleView]],
     *,
@@ -128,7 +129,7 @@ def load_rows(
         rows: the samples of each row, in order; together they have at most row_tokens tokens.
     """
     place = {sample_id: i for i, sample_id in enumerate(records.sample_id.tolist())}
-    contents = read_samples(manifest, records)
+    contents = corpus.read(records)
 
     def load_row(views: list[SampleView]) -> PackedRow:
         patches = np.zeros((row_tokens, 3 * patch_size**2), dtype=np.uint8)
@@ -143,12 +144,10 @@ def load_rows(
             try:
                 pixels = decode_rgb(contents[index], crop=view.crop, size=view.size)
             except UnreadableImage as error:
-                skipped.append((manifest.uris[int(records.shard[index])], key, str(error)))
+                skipped.append((corpus.uri(int(records.shard[index])), key, str(error)))
                 continue
-            image = torch.from_numpy(pixels).permute(2, 0, 1)
-            image_patches, _ = patchify(pad_to_patch(image, patch_size), patch_size)
-            start, end = end, end + len(image_patches)
-            patches[start:end] = image_patches.numpy()
+            start, end = end, end + view.num_tokens(patch_size)
+            write_patches(pixels, patches[start:end], patch_size)
             image_size[len(keys)] = view.size
             tile_position[len(keys)] = view.tile_position
             keys.append(key)
@@ -163,6 +162,25 @@ def load_rows(
         )
 
     return [load_row(views) for views in rows]
+
+
+def write_patches(pixels: NDArray[np.uint8], patches: NDArray[np.uint8], patch_size: int) -> None:
+    """Cut an image into its place in a row: `patchify` without a copy in between.
+
+    Args:
+        pixels: [H, W, 3].
+        patches: [N, 3P^2], where the patches go; beyond the image's edges they become zero.
+    """
+    height, width, channels = pixels.shape
+    rows, columns = grid_size(height, width, patch_size)
+    if (height, width) != (rows * patch_size, columns * patch_size):
+        whole = np.zeros((rows * patch_size, columns * patch_size, channels), dtype=np.uint8)
+        whole[:height, :width] = pixels
+        pixels = whole
+    grid = pixels.reshape(rows, patch_size, columns, patch_size, channels)
+    place = patches.reshape(rows, columns, channels, patch_size, patch_size)
+    assert np.shares_memory(place, patches), "a copy would be filled, and dropped"
+    place[...] = grid.transpose(0, 2, 4, 1, 3)
 
 
 def training_dataset(plan: Plan, first_step: int, num_workers: int) -> Any:

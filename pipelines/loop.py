@@ -85,17 +85,17 @@ def fit(
     model.to_empty(device=device)
     optimizer = build_optimizer(model, optim)
     state = TrainState(model, optimizer)
-    progress = {"cursor": plan.cursor(0), "skipped": 0, "manifest": plan.manifest.digest}
+    progress = {"cursor": plan.cursor(0), "skipped": 0, "corpus": plan.corpus.digest}
     checkpoint = ray.train.get_checkpoint()
     if checkpoint is None:
         initialize(model)
     else:
         with checkpoint.as_directory() as folder:
             progress = state.load(Path(folder))
-        if progress["manifest"] != plan.manifest.digest:
+        if progress["corpus"] != plan.corpus.digest:
             raise ValueError(
-                f"{plan.manifest.path} has changed since the run's last checkpoint, and with it "
-                "the order of samples; restore the manifest, or choose another run.name"
+                f"{plan.corpus.location} has changed since the run's last checkpoint, and with it "
+                "the order of samples; restore the manifests, or choose another run.name"
             )
     first_step = progress["cursor"]["step"]
     # What a killed attempt logged after its last checkpoint is not logged twice.
@@ -136,7 +136,10 @@ def fit(
             metrics |= meter.flush() | {
                 "grad_norm": grad_norm,
                 "lr": optimizer.param_groups[0]["lr"],
-                "epoch": plan.images_before(done) / plan.manifest.num_samples,
+                **{
+                    f"epoch_{name}" if name else "epoch": used
+                    for name, used in plan.corpus.epochs(plan.images_before(done)).items()
+                },
                 "skipped_samples": float(progress["skipped"]),
             }
         if evaluates:

@@ -1,7 +1,8 @@
-"""Which images share a row: best-fit decreasing bin packing. Pure functions."""
+"""Which images share a row: as few rows as possible, or rows that are alike. Pure functions."""
 
 from bisect import bisect_left, insort
 from collections.abc import Sequence
+from heapq import heappop, heapreplace
 
 
 def pack_best_fit(lengths: Sequence[int], *, row_tokens: int, max_images: int) -> list[list[int]]:
@@ -39,6 +40,41 @@ def pack_best_fit(lengths: Sequence[int], *, row_tokens: int, max_images: int) -
         rows[row].append(index)
         if len(rows[row]) < max_images and free > length:
             insort(open_rows, (free - length, row))
+    for members in rows:
+        members.sort()
+    return rows
+
+
+def pack_evenly(
+    lengths: Sequence[int], *, num_rows: int, row_tokens: int, max_images: int
+) -> list[list[int]] | None:
+    """Distribute images over a given number of rows so that all rows have much the same to do.
+
+    The longest image first, each goes to the row that has the fewest tokens (Graham 1969, "Bounds
+    on multiprocessing timing anomalies"). Rows come out with nearly equal numbers of tokens and,
+    because long and short images spread alike, nearly equal costs of attention.
+
+    Args:
+        lengths: tokens of each image.
+        row_tokens, max_images: that a row holds.
+
+    Returns:
+        num_rows rows of ascending indices into `lengths`; None if this way they do not fit.
+    """
+    rows: list[list[int]] = [[] for _ in range(num_rows)]
+    open_rows = [(0, row) for row in range(num_rows)]  # (tokens, row), a heap
+    for index in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
+        if not open_rows:
+            return None
+        tokens, row = open_rows[0]
+        tokens += lengths[index]
+        if tokens > row_tokens:
+            return None
+        rows[row].append(index)
+        if len(rows[row]) < max_images:
+            heapreplace(open_rows, (tokens, row))
+        else:
+            heappop(open_rows)
     for members in rows:
         members.sort()
     return rows

@@ -1,8 +1,8 @@
-"""The order of samples, a pure function of corpus size and seed, and the plan of every step.
+"""The plan of every step of a training, a pure function of corpus, schedule and seed.
 
-An epoch is a keyed permutation of chunks of neighbouring samples; the stream of all epochs is cut
-into steps; a step's samples are shuffled, cropped and packed by keys. Nothing is walked through
-and nothing is stored: any step is found at once, on any machine, with the same result.
+The stream of samples (pipelines.order) is cut into steps; a step's samples are shuffled, cropped
+and packed by keys. Nothing is walked through and nothing is stored: any step is found at once, on
+any machine, with the same result.
 """
 
 import dataclasses
@@ -11,18 +11,19 @@ from math import ceil, log, sqrt
 from statistics import fmean
 
 import numpy as np
-from numpy.typing import NDArray
 
-from pipelines.corpus import Manifest, SampleRecords
-from pipelines.packing import pack_best_fit
+from pipelines.corpus import SampleRecords
+from pipelines.mixture import Corpus, Source
+from pipelines.order import hash_of, uniform
+from pipelines.packing import pack_best_fit, pack_evenly
 from vitok.config import config
 from vitok.patches import fit_to_budget, num_tokens
 
-_FEISTEL_ROUNDS = 6
-_PURPOSE_CHUNKS, _PURPOSE_SHUFFLE, _PURPOSE_VIEW = 1, 2, 3
-_SAMPLED_STEPS = 4  # so many first steps of a stage decide the shape of all of them
+_PURPOSE_SHUFFLE, _PURPOSE_VIEW = 2, 3
+# A stage's first steps, with so many images but no more steps than that, shape all of its steps.
+_SAMPLED_IMAGES, _SAMPLED_STEPS = 16_384, 64
 _SPARE_SLOTS = 1.25  # a row has so many more image slots than images of mean size fill
-_SHRINK = 0.97  # budgets of a step that overflows its rows are lowered by this until it fits
+_SHRINK = 0.99  # budgets of a step that overflows its rows are lowered at least by this
 
 
 @config
@@ -31,6 +32,7 @@ class DataConfig:
 
     Attributes:
         manifest: folder that `vitok corpus index` wrote: the training images.
+        sources: several of them with weights, instead of one.
         eval_manifest: the same for held-out images; empty for none.
         row_tokens: tokens of a packed row, the unit of one forward pass.
         crop_area: smallest share of an image's area that a random crop keeps; 1 keeps it whole.
@@ -41,6 +43,7 @@ class DataConfig:
     """
 
     manifest: str = ""
+    sources: tuple[Source, ...] = ()
     eval_manifest: str = ""
     row_tokens: int = 8192
     crop_area: float = 0.5
@@ -49,6 +52,10 @@ class DataConfig:
     max_unreadable: float = 0.01
 
     def __post_init__(self) -> None:
+        if self.manifest and self.sources:
+            raise ValueError(
+                f"manifest={self.manifest!r} and sources are both given; leave one of them out"
+            )
         if not 0 < self.crop_area <= 1:
             raise ValueError(f"crop_area={self.crop_area} must be above 0 and at most 1")
         if self.crop_aspect < 1:
@@ -137,7 +144,7 @@ class Plan:
         ValueError: a budget is larger than a row.
     """
 
-    manifest: Manifest
+    corpus: Corpus
     data: DataConfig
     stages: tuple[Stage, ...]
     patch_size: int
@@ -179,13 +186,12 @@ class Plan:
         return images
 
     def cursor(self, step: int) -> dict[str, int]:
-        """Return where the stream stands before a step: epoch and position in it."""
-        epoch, position = divmod(self.images_before(step), self.manifest.num_samples)
-        return {"step": step, "epoch": epoch, "position": position}
+        """Return where the stream stands before a step: its number, and the images before it."""
+        return {"step": step, "images": self.images_before(step)}
 
     @cached_property
     def row_shapes(self) -> tuple[RowShape, ...]:
-        """Shape of a global step, for each stage: what its first steps need.
+        """Shape of a global step, for each stage: what its first steps need on average.
 
         Independent of the number of workers, and the same whenever and wherever it is asked for.
         """
@@ -194,22 +200,38 @@ class Plan:
     def _row_shape(self, index: int) -> RowShape:
         stage = self.stages[index]
         first = sum(other.steps for other in self.stages[:index])
+        num_sampled = min(_SAMPLED_STEPS, ceil(_SAMPLED_IMAGES / stage.images_per_step))
         lengths = [
             [view.num_tokens(self.patch_size) for view in self._views(step, stage, 1.0)[0]]
-            for step in range(first, first + min(_SAMPLED_STEPS, stage.steps))
+            for step in range(first, first + min(num_sampled, stage.steps))
         ]
         mean = fmean(length for of_step in lengths for length in of_step)
         max_images = ceil(_SPARE_SLOTS * self.data.row_tokens / mean)
-        num_rows = stage.rows_per_step or max(
-            len(pack_best_fit(n, row_tokens=self.data.row_tokens, max_images=max_images))
-            for n in lengths
+        # The mean, not the most: room for the largest step would be padding in all others.
+        num_rows = stage.rows_per_step or round(
+            fmean(self._num_rows(of_step, max_images) for of_step in lengths)
         )
         # A row that has room for every image shrunk to a token must also have slots for them.
         max_images = max(max_images, ceil(stage.images_per_step / num_rows))
         return RowShape(num_rows=num_rows, max_images=max_images)
 
+    def _num_rows(self, lengths: list[int], max_images: int) -> int:
+        num_rows = ceil(sum(lengths) / self.data.row_tokens)
+        while self._pack(lengths, RowShape(num_rows=num_rows, max_images=max_images)) is None:
+            num_rows += 1
+        return num_rows
+
+    def _pack(self, lengths: list[int], shape: RowShape) -> list[list[int]] | None:
+        """Pack a step into the rows of its stage, evenly if that fits; None if nothing does."""
+        limits = {"row_tokens": self.data.row_tokens, "max_images": shape.max_images}
+        rows = pack_evenly(lengths, num_rows=shape.num_rows, **limits)
+        if rows is None:
+            rows = pack_best_fit(lengths, **limits)
+            rows += [[] for _ in range(shape.num_rows - len(rows))]
+        return rows if len(rows) == shape.num_rows else None
+
     def step(self, step: int) -> StepPlan:
-        """Plan one global step: as many rows as its stage has, of which the last may be empty."""
+        """Plan one global step: as many rows as its stage has, all with much the same to do."""
         index = self.stage_index(step)
         stage, shape = self.stages[index], self.row_shapes[index]
         # What fits once every image has shrunk to a single token.
@@ -221,31 +243,27 @@ class Plan:
         shrink = 1.0
         while True:
             views, records = self._views(step, stage, shrink)
-            rows = pack_best_fit(
-                [view.num_tokens(self.patch_size) for view in views],
-                row_tokens=self.data.row_tokens,
-                max_images=shape.max_images,
-            )
-            if len(rows) <= shape.num_rows:
-                rows += [[] for _ in range(shape.num_rows - len(rows))]
+            rows = self._pack([view.num_tokens(self.patch_size) for view in views], shape)
+            if rows is not None:
                 return StepPlan([[views[i] for i in row] for row in rows], records)
-            shrink *= _SHRINK
+            total = sum(view.num_tokens(self.patch_size) for view in views)
+            shrink *= min(_SHRINK, shape.num_rows * self.data.row_tokens / total)
 
     def _views(
         self, step: int, stage: Stage, shrink: float
     ) -> tuple[list[SampleView], SampleRecords]:
-        epochs, sample_ids = sample_order(
+        epochs, sample_ids = self.corpus.order(
             self.images_before(step),
             stage.images_per_step,
-            num_samples=self.manifest.num_samples,
             chunk_samples=self.data.chunk_samples,
             seed=self.seed,
         )
-        shuffle = np.argsort(_hash(self.seed, _PURPOSE_SHUFFLE, step, epochs, sample_ids))
+        shuffle = np.argsort(hash_of(self.seed, _PURPOSE_SHUFFLE, step, epochs, sample_ids))
         epochs, sample_ids = epochs[shuffle], sample_ids[shuffle]
-        records = self.manifest.records(sample_ids)
+        records = self.corpus.records(sample_ids)
         draws = [
-            _uniform(_hash(self.seed, _PURPOSE_VIEW, epochs, sample_ids, draw)) for draw in range(7)
+            uniform(hash_of(self.seed, _PURPOSE_VIEW, epochs, sample_ids, draw))
+            for draw in range(7)
         ]
         views = []
         for i in range(len(sample_ids)):
@@ -268,70 +286,6 @@ class Plan:
                 )
             )
         return views, records
-
-
-def sample_order(
-    start: int, count: int, *, num_samples: int, chunk_samples: int, seed: int
-) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Return the samples at places start to start + count of the endless stream of epochs.
-
-    Every epoch holds every sample once. Its whole chunks come in an order of its own; the
-    remainder that fills no chunk comes last.
-
-    Returns:
-        (epoch, sample id) of each, int64 [count].
-    """
-    epoch, place = np.divmod(np.arange(start, start + count, dtype=np.int64), num_samples)
-    chunk, offset = np.divmod(place, chunk_samples)
-    num_chunks = num_samples // chunk_samples
-    whole = chunk < num_chunks
-    if num_chunks:
-        chunk[whole] = permute(chunk[whole], num_chunks, _hash(seed, _PURPOSE_CHUNKS, epoch[whole]))
-    return epoch, chunk * chunk_samples + offset
-
-
-def permute(index: NDArray[np.int64], size: int, key: NDArray[np.uint64]) -> NDArray[np.int64]:
-    """Apply a keyed permutation of range(size) to each index, in constant memory.
-
-    A balanced Feistel network over the next even power of two, walked until the result is in
-    range (Black and Rogaway 2002, "Ciphers with arbitrary finite domains").
-
-    Args:
-        index: values in range(size).
-        key: one for each index; equal keys mean the same permutation.
-    """
-    half_bits = max(1, (max(1, size - 1).bit_length() + 1) // 2)
-    shift, mask = np.uint64(half_bits), np.uint64((1 << half_bits) - 1)
-    value = index.astype(np.uint64)
-    pending = np.ones(len(value), dtype=bool)
-    while pending.any():
-        left, right = value[pending] >> shift, value[pending] & mask
-        for round_number in range(_FEISTEL_ROUNDS):
-            mixed = _hash(key[pending], round_number, right) & mask
-            left, right = right, left ^ mixed
-        value[pending] = (left << shift) | right
-        pending = value >= size
-    return value.astype(np.int64)
-
-
-def _hash(*parts: int | NDArray[np.int64] | NDArray[np.uint64]) -> NDArray[np.uint64]:
-    """Mix integers into 64 random bits, elementwise (splitmix64, Steele et al. 2014).
-
-    Spelled out rather than taken from a generator, whose streams may change with its version.
-    """
-    with np.errstate(over="ignore"):
-        state: NDArray[np.uint64] = np.zeros(1, dtype=np.uint64)
-        for part in parts:
-            state = state + np.asarray(part).astype(np.uint64) + np.uint64(0x9E3779B97F4A7C15)
-            state = (state ^ (state >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-            state = (state ^ (state >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-            state = state ^ (state >> np.uint64(31))
-    return state
-
-
-def _uniform(bits: NDArray[np.uint64]) -> NDArray[np.float64]:
-    """Return numbers in [0, 1) from 64 random bits each."""
-    return (bits >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
 
 def whole_view(

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from pipelines.corpus import Manifest
 from pipelines.ingest import PackedRow, empty_row, load_rows
+from pipelines.mixture import Corpus
 from pipelines.packing import pack_best_fit
 from pipelines.plan import whole_view
 from vitok.autoencoder import Reconstruction
@@ -75,7 +76,7 @@ def evaluation_rows(
     rows = pack_best_fit(lengths, row_tokens=max(row_tokens, token_budget), max_images=count)
     rows.sort(key=lambda members: members[0])
     return load_rows(
-        manifest,
+        Corpus.of(manifest),
         records,
         [[views[i] for i in members] for members in rows],
         step=0,

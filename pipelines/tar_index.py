@@ -13,7 +13,6 @@ from dataclasses import dataclass, field
 from typing import BinaryIO, NamedTuple
 
 import numpy as np
-import pyarrow as pa
 
 from pipelines.decode import UnreadableImage, image_size
 from pipelines.shards import open_shard
@@ -85,7 +84,7 @@ def index_shard(uri: str) -> ShardIndex:
     Holds one image in memory at a time, of at most MAX_IMAGE_BYTES.
 
     Raises:
-        FileNotFoundError: there is no such shard.
+        OSError: there is no such shard, or it cannot be read; the shard is named.
         ValueError: not a tar, truncated, damaged, or without any sample.
     """
     rows: list[tuple[str, int, int, int, int, int]] = []
@@ -194,7 +193,7 @@ def _usable_image(group: _Group, seen: set[str]) -> _Image | str:
 class _HashingReader:
     """What tarfile needs of a file, read strictly forward so that one pass also hashes it."""
 
-    def __init__(self, stream: BinaryIO | pa.NativeFile) -> None:
+    def __init__(self, stream: BinaryIO) -> None:
         self._stream = stream
         self._hash = hashlib.sha256()
         self._position = 0

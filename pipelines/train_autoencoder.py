@@ -15,6 +15,7 @@ from pipelines.corpus import Manifest
 from pipelines.ingest import PackedRow, load_step
 from pipelines.launch import launch
 from pipelines.loop import Evaluation, fit
+from pipelines.mixture import Corpus
 from pipelines.plan import DataConfig, Plan, Stage
 from pipelines.reconstruction import (
     contact_sheet,
@@ -116,6 +117,9 @@ def prepare(settings: AutoencoderTraining) -> AutoencoderTraining:
         data=replace(
             data,
             manifest=_absolute(data.manifest),
+            sources=tuple(
+                replace(source, manifest=_absolute(source.manifest)) for source in data.sources
+            ),
             eval_manifest=_absolute(data.eval_manifest),
         ),
         loss=replace(
@@ -202,14 +206,16 @@ def export_weights(settings: AutoencoderTraining) -> Folder:
 
 def plan_of(settings: AutoencoderTraining) -> Plan:
     """Return the data plan of a training."""
-    if not settings.data.manifest:
+    data = settings.data
+    if not data.manifest and not data.sources:
         raise ValueError(
             "data.manifest is empty; make one with `vitok corpus index SHARDS --out FOLDER` and "
             "give it as --data.manifest FOLDER"
         )
+    single = Corpus.of(Manifest.load(data.manifest)) if data.manifest else None
     return Plan(
-        manifest=Manifest.load(settings.data.manifest),
-        data=settings.data,
+        corpus=single or Corpus.mix(data.sources),
+        data=data,
         stages=settings.stages,
         patch_size=settings.model.patch_size,
         seed=settings.seed,

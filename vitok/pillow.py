@@ -48,8 +48,10 @@ def to_rgb_or_gray(image: Image.Image) -> Image.Image:
     """
     image.load()
     if image.mode == "I" or image.mode.startswith("I;16"):
-        samples = np.asarray(image).astype(np.int64)
-        return Image.fromarray(np.clip((samples + 128) // 257, 0, 255).astype(np.uint8))
+        samples = np.clip(np.asarray(image), 0, 65535).astype(np.int32)
+        samples += 128
+        samples //= 257
+        return Image.fromarray(samples.astype(np.uint8))
     if image.mode == "F":
         intensity = np.nan_to_num(np.asarray(image), nan=0.0)
         white = 1.0 if intensity.max() <= 1.0 else 255.0

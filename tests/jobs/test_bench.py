@@ -5,8 +5,12 @@ import pytest
 import torch
 
 from jobs.bench_inference import Case, growth
+from jobs.bench_ingest import utilisation
 from jobs.cli import main
 from pipelines.baselines import SHAPES, random_baseline
+from pipelines.corpus import Manifest
+from pipelines.mixture import Corpus
+from pipelines.plan import DataConfig, Plan, Stage
 
 
 def test_attention_benchmark_ends_with_its_figures_as_json(
@@ -116,3 +120,48 @@ def test_a_baseline_that_is_not_there_is_named() -> None:
     assert len(SHAPES) == 3
     with pytest.raises(ValueError, match="no baseline 'sdvae', only sd-vae, flux, dc-ae"):
         random_baseline("sdvae", torch.float32)
+
+
+def test_ingest_benchmark_ends_with_its_figures_as_json(
+    ray_cluster: None, capsys: pytest.CaptureFixture[str], sample_manifests: tuple[Path, Path]
+) -> None:
+    threads = torch.get_num_threads()
+    shards = sample_manifests[0].parent / "shards" / "train-000000.tar"
+    sizes = {"images-per-step": 16, "row-tokens": 512, "ray-images": 64, "repeats": 1}
+    sizes |= {"packed-images": 64, "token-budgets": 64, "packed-budgets": 100}
+    arguments = [text for name, n in sizes.items() for text in (f"--{name}", str(n))]
+    try:
+        assert main(["bench", "ingest", "--shards", str(shards), *arguments]) == 0
+    finally:
+        torch.set_num_threads(threads)
+    figures = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert figures.pop("benchmark") == "ingest"
+    assert figures.pop("images") == 48, "the whole steps of an epoch of 60 images"
+    for name in ("decode", "pillow_decode", "resize", "pipeline", "ray"):
+        assert figures.pop(f"{name}_images_per_s") > 0
+    assert figures["pipeline_over_decode"] > 0
+    assert 0.3 < figures["padded_utilisation"] < figures["token_utilisation"] <= 1
+
+
+def test_utilisation_counts_real_tokens_of_rows_and_of_padded_batches(
+    sample_manifests: tuple[Path, Path],
+) -> None:
+    plan = Plan(
+        corpus=Corpus.of(Manifest.load(sample_manifests[0])),
+        data=DataConfig(row_tokens=128),
+        stages=(Stage(steps=3, images_per_step=20, token_budgets=(64, 16)),),
+        patch_size=16,
+        seed=0,
+    )
+    tokens, padded, rows = 0, 0, 0
+    for step in range(3):
+        for row in plan.step(step).rows:
+            rows += 1
+            for view in row:
+                height, width = view.size
+                length = -(-height // 16) * -(-width // 16)
+                tokens += length
+                padded += 16 if length <= 16 else 64
+    found = utilisation(plan)
+    assert found.packed == pytest.approx(tokens / (128 * rows))
+    assert found.padded == pytest.approx(tokens / padded)

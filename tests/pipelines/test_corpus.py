@@ -4,7 +4,8 @@ import io
 import json
 import pickle
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from pipelines import corpus, tar_index
+from pipelines import shards as shard_files
 from pipelines.corpus import (
     Manifest,
     ShardIndex,
@@ -25,6 +27,8 @@ from pipelines.corpus import (
     write_manifest,
     write_shards,
 )
+from pipelines.manifest_tables import SHARD_SCHEMA, write_rows
+from pipelines.objects import ObjectChanged
 
 EXIF_ORIENTATION = 0x0112
 
@@ -170,16 +174,18 @@ def test_each_shard_is_opened_once_and_near_ranges_are_read_together(
     opened: list[str] = []
     reads: list[int] = []
 
-    class CountingFile(io.FileIO):
-        def read(self, num_bytes: int = -1) -> bytes:
-            reads.append(num_bytes)
-            return super().read(num_bytes)
-
-    def open_counted(uri: str) -> CountingFile:
+    @contextmanager
+    def open_counted(uri: str, shard_bytes: int) -> Iterator[Callable[[int, int], bytes]]:
         opened.append(uri)
-        return CountingFile(uri)
+        assert shard_bytes == Path(uri).stat().st_size
 
-    monkeypatch.setattr(corpus, "open_shard", open_counted)
+        def read(start: int, num_bytes: int) -> bytes:
+            reads.append(num_bytes)
+            return Path(uri).read_bytes()[start : start + num_bytes]
+
+        yield read
+
+    monkeypatch.setattr(corpus, "open_ranges", open_counted)
     records = manifest.records(np.random.default_rng(2).permutation(20))
     together = read_samples(manifest, records)
     assert opened == manifest.uris and len(reads) == 3
@@ -196,20 +202,47 @@ def test_each_shard_is_opened_once_and_near_ranges_are_read_together(
 
 
 @pytest.mark.parametrize("scheme", ["", "file://"])
-def test_a_shard_that_shrank_after_indexing_is_named_with_the_key(
-    tmp_path: Path, scheme: str
-) -> None:
+def test_a_shard_of_another_length_than_indexed_is_named(tmp_path: Path, scheme: str) -> None:
     [path] = write_shards(samples(4), tmp_path, "s", 4)
     manifest = build_manifest([scheme + path], tmp_path / "m")
     records = manifest.records(np.arange(4))
     content = Path(path).read_bytes()
-    for cut in (int(records.offset[3]) + 10, int(records.offset[3])):
-        Path(path).write_bytes(content[:cut])
-        with pytest.raises(OSError, match=r"s-000000.tar: 000003: read 1?0 of \d+ bytes"):
+    for other in (content[: int(records.offset[3])], b"", content + bytes(512)):
+        Path(path).write_bytes(other)
+        with pytest.raises(
+            ObjectChanged, match=rf"s-000000.tar: {len(other)} bytes long where {len(content)} are"
+        ):
             read_samples(manifest, records)
-    with pytest.raises(OSError, match=r"s-000000.tar: 000003: read 0 of"):
-        Path(path).write_bytes(b"")
-        read_samples(manifest, manifest.records(np.array([3])))
+
+
+def test_a_shard_that_shrinks_while_it_is_read_is_named_with_the_key(
+    manifest: Manifest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    records = manifest.records(np.arange(4))
+
+    @contextmanager
+    def open_shrinking(uri: str, shard_bytes: int) -> Iterator[Callable[[int, int], bytes]]:
+        end = int(records.offset[3]) + 10
+        yield lambda start, num_bytes: Path(uri).read_bytes()[start : start + num_bytes][
+            : end - start
+        ]
+
+    monkeypatch.setattr(corpus, "open_ranges", open_shrinking)
+    with pytest.raises(OSError, match=r"train-000000.tar: 000003: read 10 of \d+ bytes"):
+        read_samples(manifest, records)
+
+
+def test_a_range_that_no_shard_can_have_is_refused_before_it_is_read(
+    manifest: Manifest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    records = manifest.records(np.arange(1))
+    for column, value in (("offset", -1), ("offset", 2**40), ("length", 2**40), ("length", -1)):
+        damaged = replace(records, **{column: np.array([value])})
+        with pytest.raises(OSError, match=r"train-000000.tar: .* bytes from byte .* damaged"):
+            read_samples(manifest, damaged)
+    monkeypatch.setattr(shard_files, "MAX_RANGE_BYTES", 10)
+    with pytest.raises(OSError, match="and at most 10 at a time"):
+        read_samples(manifest, records)
 
 
 @given(st.lists(st.integers(0, 4), min_size=1, max_size=12).filter(any))
@@ -443,9 +476,8 @@ def test_records_cross_shards_in_the_order_given(tmp_path: Path) -> None:
 def test_a_missing_or_empty_manifest_is_named_with_the_remedy(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"nowhere: no manifest .*`vitok corpus index"):
         Manifest.load(tmp_path / "nowhere")
-    corpus._write_rows(
-        [("a.tar", 1, 0, "0" * 64)], corpus._SHARD_SCHEMA, tmp_path / "shards.parquet"
-    )
+    empty = ("a.tar", 1, 0, "0" * 64, [0] * 96)
+    write_rows([empty], SHARD_SCHEMA, tmp_path / "shards.parquet")
     with pytest.raises(ValueError, match="holds no samples"):
         Manifest.load(tmp_path)
 
@@ -471,6 +503,10 @@ def test_patterns_expand_to_absolute_shards(
     assert expanded("odd{1..2}.tar") == ["odd{1..2}.tar"]
     uris = ["s3://bucket/x-08.tar", "s3://bucket/x-09.tar", "s3://bucket/x-10.tar"]
     assert expand_shards(["s3://bucket/x-{08..10}.tar"]) == uris
+    signed = "https://host/x.tar?signature=a*b"
+    assert expand_shards([signed]) == [signed]
+    assert expanded(f"file://{tmp_path}/b-*.tar") == both
+    assert expanded((tmp_path / "odd{1..2}.tar").as_uri()) == ["odd{1..2}.tar"]
 
 
 def test_a_pattern_that_names_nothing_is_an_error(
@@ -490,7 +526,11 @@ def test_a_pattern_that_names_nothing_is_an_error(
             expand_shards([pattern])
     with pytest.raises(FileNotFoundError, match="no shards given"):
         expand_shards([])
-    with pytest.raises(ValueError, match=r"s3://b/\*.tar: a URI is not globbed"):
-        expand_shards(["s3://b/*.tar"])
+    with pytest.raises(ValueError, match=r"http://b/\*.tar: a URI of this kind is not globbed"):
+        expand_shards(["http://b/*.tar"])
+    with pytest.raises(ValueError, match=r"s3://b\*/x.tar: a wildcard in the name of the bucket"):
+        expand_shards(["s3://b*/x.tar"])
     with pytest.raises(ValueError, match="pipe://true: no way to read this URI"):
         index_shard("pipe://true")
+    with pytest.raises(ValueError, match="file://host/x-0.tar: names another machine"):
+        index_shard("file://host/x-0.tar")

@@ -9,8 +9,9 @@ import torch
 from PIL import Image
 
 from pipelines import ingest
-from pipelines.corpus import Manifest, build_manifest, read_samples, write_shards
+from pipelines.corpus import build_manifest, write_shards
 from pipelines.decode import decode_rgb
+from pipelines.mixture import Corpus, Source
 from pipelines.plan import DataConfig, Plan, Stage
 from vitok.packed import unpack_images
 
@@ -22,8 +23,10 @@ STAGES = (
 
 @pytest.fixture(scope="module")
 def plan(sample_manifests: tuple[Path, Path]) -> Plan:
+    """Plan a mixture of two sources."""
+    weights = zip(("many", "few"), sample_manifests, (3.0, 1.0), strict=True)
     return Plan(
-        manifest=Manifest.load(sample_manifests[0]),
+        corpus=Corpus.mix([Source(name=n, manifest=str(m), weight=w) for n, m, w in weights]),
         data=DataConfig(row_tokens=64, chunk_samples=4),
         stages=STAGES,
         patch_size=16,
@@ -100,7 +103,7 @@ def test_packed_pixels_are_the_planned_crops(plan: Plan) -> None:
     contents = dict(
         zip(
             planned.records.sample_id.tolist(),
-            read_samples(plan.manifest, planned.records),
+            plan.corpus.read(planned.records),
             strict=True,
         )
     )
@@ -132,7 +135,7 @@ def test_an_unreadable_sample_leaves_its_slot_out_and_is_named(tmp_path: Path) -
     manifest = build_manifest(shards, tmp_path / "manifest")
     assert manifest.num_samples == 6
     plan = Plan(
-        manifest=manifest,
+        corpus=Corpus.of(manifest),
         data=DataConfig(row_tokens=64),
         stages=(Stage(steps=1, images_per_step=6, token_budgets=(16,)),),
         patch_size=16,

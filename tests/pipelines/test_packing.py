@@ -4,7 +4,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from pipelines.packing import pack_best_fit
+from pipelines.packing import pack_best_fit, pack_evenly
 
 
 def plain_best_fit_decreasing(lengths: list[int], row_tokens: int, max_images: int) -> list:
@@ -97,3 +97,41 @@ def test_an_image_that_no_row_holds_is_named(length: int) -> None:
         ValueError, match=rf"image 2 has {length} tokens, a row holds 1 to 10; lower the token"
     ):
         pack_best_fit([4, 10, length], row_tokens=10, max_images=5)
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    lengths=st.lists(st.integers(1, 30), max_size=40),
+    num_rows=st.integers(1, 8),
+    row_tokens=st.integers(30, 120),
+    max_images=st.integers(1, 20),
+)
+@example(lengths=[], num_rows=3, row_tokens=30, max_images=1)
+@example(lengths=[30, 30], num_rows=1, row_tokens=30, max_images=2)
+def test_even_rows_hold_every_image_once_within_limits_and_differ_by_one_image_at_most(
+    lengths: list[int], num_rows: int, row_tokens: int, max_images: int
+) -> None:
+    rows = pack_evenly(lengths, num_rows=num_rows, row_tokens=row_tokens, max_images=max_images)
+    if rows is None:
+        # Only where space is short: no row could be told to be full otherwise.
+        least_free = num_rows * row_tokens - sum(lengths)
+        assert least_free < num_rows * max(lengths) or len(lengths) > num_rows * max_images / 2
+        return
+    assert len(rows) == num_rows
+    assert sorted(i for row in rows for i in row) == list(range(len(lengths)))
+    assert all(row == sorted(row) and len(row) <= max_images for row in rows)
+    tokens = [sum(lengths[i] for i in row) for row in rows]
+    assert max(tokens) <= row_tokens
+    if all(len(row) < max_images for row in rows) and lengths:
+        assert max(tokens) - min(tokens) <= max(lengths)
+
+
+def test_even_rows_mix_long_and_short_images_and_best_fit_rows_do_not():
+    lengths = [256] * 64 + [64] * 64
+    even = pack_evenly(lengths, num_rows=5, row_tokens=4200, max_images=30)
+    assert even is not None
+    squares = [sum(lengths[i] ** 2 for i in row) for row in even]
+    assert max(squares) < 1.1 * min(squares)
+    tight = pack_best_fit(lengths, row_tokens=4200, max_images=30)
+    squares = [sum(lengths[i] ** 2 for i in row) for row in tight]
+    assert max(squares) > 5 * min(squares)

@@ -8,27 +8,24 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import example, given, settings
-from hypothesis import strategies as st
 from PIL import Image
 
 from pipelines.corpus import Manifest, build_manifest, write_shards
-from pipelines.packing import pack_best_fit
+from pipelines.mixture import Corpus
+from pipelines.packing import pack_best_fit, pack_evenly
 from pipelines.plan import (
     DataConfig,
     Plan,
     SampleView,
     Stage,
     StepPlan,
-    permute,
-    sample_order,
     whole_view,
 )
+from tests.pipelines.plain_order import plain_epoch, plain_hash
 from vitok.patches import fit_to_budget, grid_size
 
 PATCH = 8
 NUM_SAMPLES = 43
-WORD = 2**64
 
 
 def jpeg(height: int, width: int) -> bytes:
@@ -61,7 +58,11 @@ STAGE = Stage(steps=20, images_per_step=15, token_budgets=(16, 32, 64))
 
 def make_plan(manifest: Manifest, *stages: Stage, data: DataConfig = DATA, seed: int = 5) -> Plan:
     return Plan(
-        manifest=manifest, data=data, stages=stages or (STAGE,), patch_size=PATCH, seed=seed
+        corpus=Corpus.of(manifest),
+        data=data,
+        stages=stages or (STAGE,),
+        patch_size=PATCH,
+        seed=seed,
     )
 
 
@@ -75,125 +76,19 @@ def views_of(step: StepPlan) -> list[SampleView]:
     return [view for row in step.rows for view in row]
 
 
+def stream_of(start: int, count: int, seed: int) -> list[tuple[int, int]]:
+    """List (epoch, sample) at places of the stream, from epochs written out."""
+    places = [divmod(place, NUM_SAMPLES) for place in range(start, start + count)]
+    orders = {
+        epoch: plain_epoch(NUM_SAMPLES, DATA.chunk_samples, seed, 0, epoch) for epoch, _ in places
+    }
+    return [(epoch, orders[epoch][place]) for epoch, place in places]
+
+
 def plain(step: StepPlan) -> tuple:
     """A step as values that compare."""
     records = {name: list(column) for name, column in vars(step.records).items()}
     return step.rows, records
-
-
-# The same arithmetic with Python's integers, one value at a time.
-def plain_hash(*parts: int) -> int:
-    state = 0
-    for part in parts:
-        state = (state + part + 0x9E3779B97F4A7C15) % WORD
-        state = (state ^ (state >> 30)) * 0xBF58476D1CE4E5B9 % WORD
-        state = (state ^ (state >> 27)) * 0x94D049BB133111EB % WORD
-        state = state ^ (state >> 31)
-    return state
-
-
-def plain_permute(index: int, size: int, key: int) -> int:
-    """Encrypt an index with a Feistel cipher until it falls into the range."""
-    half = 1
-    while 4**half < size:
-        half += 1
-    while True:
-        left, right = index // 2**half, index % 2**half
-        for round_number in range(6):
-            left, right = right, left ^ plain_hash(key, round_number, right) % 2**half
-        index = left * 2**half + right
-        if index < size:
-            return index
-
-
-def plain_sample_at(place: int, num_samples: int, chunk_samples: int, seed: int) -> tuple[int, int]:
-    epoch, place = divmod(place, num_samples)
-    chunk, offset = divmod(place, chunk_samples)
-    num_chunks = num_samples // chunk_samples
-    if chunk < num_chunks:
-        chunk = plain_permute(chunk, num_chunks, plain_hash(seed, 1, epoch))
-    return epoch, chunk * chunk_samples + offset
-
-
-@settings(max_examples=100, deadline=None)
-@given(st.integers(1, 3000) | st.integers(1, 9), st.integers(0, WORD - 1))
-@example(1, 0)
-@example(1024, 1)
-@example(1025, 1)
-def test_permute_is_a_permutation(size: int, key: int) -> None:
-    permuted = permute(np.arange(size), size, np.full(size, key, np.uint64))
-    assert sorted(permuted.tolist()) == list(range(size))
-
-
-@settings(max_examples=50, deadline=None)
-@given(
-    st.integers(1, 10**12), st.lists(st.integers(0, WORD - 1), min_size=1, max_size=8), st.data()
-)
-def test_permute_equals_the_cipher_on_python_integers(
-    size: int, keys: list[int], data: st.DataObject
-) -> None:
-    index = [data.draw(st.integers(0, size - 1)) for _ in keys]
-    permuted = permute(np.array(index), size, np.array(keys, np.uint64))
-    assert permuted.tolist() == [
-        plain_permute(i, size, key) for i, key in zip(index, keys, strict=True)
-    ]
-
-
-def test_permutations_of_different_keys_are_different_and_even():
-    size, num_keys = 7, 2000
-    orders = Counter()
-    first = Counter()
-    for key in range(num_keys):
-        order = permute(np.arange(size), size, np.full(size, plain_hash(key), np.uint64))
-        orders[tuple(order.tolist())] += 1
-        first[int(order[0])] += 1
-    assert len(orders) > 1500  # 2000 draws of 5040 orders hit about 1650 of them
-    assert all(abs(first[i] - num_keys / size) < 60 for i in range(size))  # 4 deviations
-
-
-@pytest.mark.parametrize("num_samples", [1, 5, 43, 64])
-@pytest.mark.parametrize("chunk_samples", [1, 4, 16, 1000])
-def test_every_epoch_holds_every_sample_once(num_samples: int, chunk_samples: int) -> None:
-    kept = {"num_samples": num_samples, "chunk_samples": chunk_samples, "seed": 3}
-    epochs, ids = sample_order(0, 3 * num_samples, **kept)
-    assert epochs.tolist() == [epoch for epoch in range(3) for _ in range(num_samples)]
-    rounds = ids.reshape(3, num_samples)
-    for once in rounds:
-        assert sorted(once.tolist()) == list(range(num_samples))
-        whole = once[: num_samples // chunk_samples * chunk_samples].reshape(-1, chunk_samples)
-        assert (np.diff(whole, axis=1) == 1).all()
-        assert (whole % chunk_samples == np.arange(chunk_samples)).all()
-    if num_samples // chunk_samples >= 10:
-        orders = {tuple(once.tolist()) for once in rounds}
-        other_seed = sample_order(0, num_samples, **(kept | {"seed": 4}))[1]
-        orders |= {tuple(other_seed.tolist()), tuple(range(num_samples))}
-        assert len(orders) == 5
-
-
-@settings(max_examples=50, deadline=None)
-@given(
-    start=st.integers(0, 500) | st.integers(10**14, 10**15),
-    count=st.integers(1, 60),
-    num_samples=st.integers(1, 100),
-    chunk_samples=st.integers(1, 20),
-    seed=st.integers(0, 2**40),
-)
-def test_sample_order_at_any_place_equals_walking_one_by_one(
-    start: int, count: int, num_samples: int, chunk_samples: int, seed: int
-) -> None:
-    epochs, ids = sample_order(
-        start, count, num_samples=num_samples, chunk_samples=chunk_samples, seed=seed
-    )
-    assert list(zip(epochs.tolist(), ids.tolist(), strict=True)) == [
-        plain_sample_at(place, num_samples, chunk_samples, seed)
-        for place in range(start, start + count)
-    ]
-
-
-def test_an_order_of_a_seed_never_changes_between_versions():
-    """A resumed run would use samples twice if it did."""
-    _, ids = sample_order(0, 24, num_samples=24, chunk_samples=2, seed=1)
-    assert ids[::2].tolist() == [12, 20, 10, 22, 4, 14, 2, 16, 0, 8, 6, 18]
 
 
 def test_steps_use_every_sample_once_an_epoch_and_continue_over_stages(manifest: Manifest) -> None:
@@ -210,10 +105,7 @@ def test_steps_use_every_sample_once_an_epoch_and_continue_over_stages(manifest:
 
     place = 0
     for step, images in enumerate(used):
-        stream = [
-            plain_sample_at(p, NUM_SAMPLES, DATA.chunk_samples, 5)
-            for p in range(place, place + len(images))
-        ]
+        stream = stream_of(place, len(images), seed=5)
         assert sorted(images) == sorted(stream)
         assert plan.images_before(step) == place
         place += len(images)
@@ -227,18 +119,15 @@ def test_a_step_is_shuffled_cropped_and_packed_by_keys(manifest: Manifest) -> No
     for step in (0, 2, 19):
         planned = plan.step(step)
         place = step * STAGE.images_per_step
-        stream = [
-            plain_sample_at(p, NUM_SAMPLES, DATA.chunk_samples, seed)
-            for p in range(place, place + STAGE.images_per_step)
-        ]
+        stream = stream_of(place, STAGE.images_per_step, seed)
         shuffled = sorted(stream, key=lambda image: plain_hash(seed, 2, step, *image))
         assert shuffled != stream
         by_use = {(view.epoch, view.sample_id): view for view in views_of(planned)}
-        rows = pack_best_fit(
-            [by_use[use].num_tokens(PATCH) for use in shuffled],
-            row_tokens=DATA.row_tokens,
-            max_images=plan.row_shapes[0].max_images,
-        )
+        lengths = [by_use[use].num_tokens(PATCH) for use in shuffled]
+        shape = plan.row_shapes[0]
+        limits = {"row_tokens": DATA.row_tokens, "max_images": shape.max_images}
+        rows = pack_evenly(lengths, num_rows=shape.num_rows, **limits)
+        rows = rows or pack_best_fit(lengths, **limits)
         uses = [[(view.epoch, view.sample_id) for view in row] for row in planned.rows if row]
         assert uses == [[shuffled[i] for i in row] for row in rows]
         for use, view in by_use.items():
@@ -403,11 +292,12 @@ def test_fewer_rows_than_needed_lower_the_budgets_and_drop_nothing(manifest: Man
     assert num_smaller > STAGE.steps
 
 
-def test_more_rows_than_needed_stay_empty(manifest: Manifest) -> None:
-    rows = make_plan(manifest, replace(STAGE, rows_per_step=9)).step(0).rows
-    assert len(rows) == 9
-    assert rows[-1] == []
-    assert sum(map(len, rows)) == STAGE.images_per_step
+def test_more_rows_than_needed_share_the_images(manifest: Manifest) -> None:
+    for num_rows, num_used in ((9, 9), (20, 15)):
+        rows = make_plan(manifest, replace(STAGE, rows_per_step=num_rows)).step(0).rows
+        assert len(rows) == num_rows
+        assert sum(map(len, rows)) == STAGE.images_per_step
+        assert sum(map(bool, rows)) == num_used
 
 
 def test_rows_are_counted_for_each_stage_at_its_own_steps(manifest: Manifest) -> None:
@@ -416,10 +306,18 @@ def test_rows_are_counted_for_each_stage_at_its_own_steps(manifest: Manifest) ->
     for index in range(3):
         # What each step needs by itself, before any budget is lowered.
         needed = []
+        limits = {"row_tokens": DATA.row_tokens, "max_images": plan.row_shapes[index].max_images}
         for step in range(4 * index, 4 * index + 4):
             roomy = make_plan(manifest, *([replace(stage, rows_per_step=15)] * 3))
-            needed.append(sum(1 for row in roomy.step(step).rows if row))
-        assert plan.row_shapes[index].num_rows == max(needed)
+            lengths = [view.num_tokens(PATCH) for view in views_of(roomy.step(step))]
+            enough = (
+                n
+                for n in range(1, 16)
+                if pack_evenly(lengths, num_rows=n, **limits)
+                or len(pack_best_fit(lengths, **limits)) == n
+            )
+            needed.append(next(enough))
+        assert plan.row_shapes[index].num_rows == round(sum(needed) / 4)
 
 
 @pytest.mark.parametrize("chunk_samples", [1, NUM_SAMPLES, 1000])
@@ -448,11 +346,7 @@ def test_the_cursor_says_where_the_stream_stands(manifest: Manifest) -> None:
     plan = make_plan(manifest)
     for step in range(STAGE.steps + 1):
         cursor = plan.cursor(step)
-        assert cursor == {
-            "step": step,
-            "epoch": step * 15 // NUM_SAMPLES,
-            "position": step * 15 % NUM_SAMPLES,
-        }
+        assert cursor == {"step": step, "images": step * 15}
         assert len(json.dumps(cursor)) < 1000
 
 
