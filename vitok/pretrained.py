@@ -238,9 +238,7 @@ def _header(folder: Folder, file: str) -> dict[str, Any]:
             if length > _MAX_HEADER_BYTES:
                 raise ValueError(f"a header of {length} bytes")
             entries = json.loads(stream.read(length))
-        for name, entry in entries.items():
-            if name != "__metadata__":
-                tuple(entry["shape"])
+        _shapes(entries)  # fails on what is no header
         return entries
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{folder.uri}/{file} is damaged: {error}; copy it again") from error

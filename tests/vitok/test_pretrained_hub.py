@@ -8,9 +8,9 @@ import pytest
 import torch
 from huggingface_hub import constants
 
-from tests.vitok.weight_folders import forget_config
+from tests.vitok.weight_folders import assert_same, forget_config
 from vitok import variants
-from vitok.autoencoder import Autoencoder, part_of
+from vitok.autoencoder import Autoencoder
 from vitok.pretrained import load_pretrained, save_pretrained
 from vitok.variants import AutoencoderConfig
 
@@ -149,16 +149,6 @@ def save_without_config(folder: Path, model: Autoencoder) -> Path:
     save_pretrained(folder, model.config, model.state_dict())
     forget_config(folder)
     return folder
-
-
-def assert_same(loaded: Autoencoder, model: Autoencoder, part: str | None = None) -> None:
-    expected = {
-        name: x for name, x in model.state_dict().items() if part is None or part_of(name) == part
-    }
-    found = loaded.state_dict()
-    assert found.keys() == expected.keys()
-    for name, tensor in found.items():
-        assert torch.equal(tensor, expected[name]), name
 
 
 @pytest.mark.parametrize("name", ["350M-f16x64", "ViTok-v2-350M-f16x64", RELEASED])

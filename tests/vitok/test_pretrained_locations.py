@@ -7,8 +7,8 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 
-from tests.vitok.weight_folders import forget_config
-from vitok.autoencoder import Autoencoder, part_of
+from tests.vitok.weight_folders import assert_same, forget_config
+from vitok.autoencoder import Autoencoder
 from vitok.checkpoint import PROGRESS_FILE
 from vitok.config import to_dict
 from vitok.pretrained import load_pretrained, save_pretrained
@@ -16,16 +16,6 @@ from vitok.storage import Folder
 
 ENCODER, DECODER, CONFIG = "encoder.safetensors", "decoder.safetensors", "config.json"
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
-
-
-def assert_same(loaded: Autoencoder, model: Autoencoder, part: str | None = None) -> None:
-    expected = {
-        name: x for name, x in model.state_dict().items() if part is None or part_of(name) == part
-    }
-    found = loaded.state_dict()
-    assert found.keys() == expected.keys()
-    for name, tensor in found.items():
-        assert torch.equal(tensor, expected[name]), name
 
 
 def write_checkpoint(folder: Path, model: Autoencoder, **surplus: torch.Tensor) -> None:

@@ -2,7 +2,10 @@
 
 from pathlib import Path
 
+import torch
 from safetensors.torch import load_file, save_file
+
+from vitok.autoencoder import Autoencoder, part_of
 
 
 def forget_config(folder: Path) -> None:
@@ -12,3 +15,14 @@ def forget_config(folder: Path) -> None:
         tensors = load_file(file)
         file.unlink()
         save_file(tensors, file)
+
+
+def assert_same(loaded: Autoencoder, model: Autoencoder, part: str | None = None) -> None:
+    """Compare the weights of a model, or of the part of it that was loaded, bit for bit."""
+    expected = {
+        name: x for name, x in model.state_dict().items() if part is None or part_of(name) == part
+    }
+    found = loaded.state_dict()
+    assert found.keys() == expected.keys()
+    for name, tensor in found.items():
+        assert torch.equal(tensor, expected[name]), name
