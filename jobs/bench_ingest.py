@@ -178,7 +178,7 @@ def _through_ray(plan: Plan) -> dict[str, float]:
     def read(first_step: int) -> tuple[int, float]:
         start = time.perf_counter()
         dataset = ingest.training_dataset(plan, first_step, num_workers=1)
-        dataset.context.execution_options = ingest.execution_options()
+        dataset.context.execution_options = ingest.execution_options(plan)
         (iterator,) = dataset.streaming_split(1, equal=True)
         records = iterator.iter_batches(batch_size=None, batch_format="numpy", prefetch_batches=1)
         steps = ingest.iterate_steps(records, first_step)

@@ -18,7 +18,8 @@ from numpy.typing import NDArray
 from pipelines.corpus import SampleRecords
 from pipelines.decode import UnreadableImage, decode_rgb
 from pipelines.mixture import Corpus
-from pipelines.plan import Plan, SampleView, StepPlan
+from pipelines.objects import retry_counts
+from pipelines.plan import Plan, RowShape, SampleView
 from vitok.packed import PackedTokens, layout_of
 from vitok.patches import grid_size, normalize_patches
 
@@ -26,6 +27,9 @@ from vitok.patches import grid_size, normalize_patches
 _IMAGES_PER_TASK = 256
 # Ray's input blocks are made before the first task starts: there must not be millions of them.
 _MAX_INPUT_BLOCKS = 1000
+# Rows wait in the object store for this many steps at most, where that is not too little to stream.
+_STEPS_AHEAD = 4
+_MIN_STORE_BYTES = 512 * 2**20
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,36 +82,79 @@ class PackedRow:
 
 @dataclasses.dataclass(frozen=True)
 class StepRows:
-    """The rows of one worker in one global step."""
+    """The rows of one worker in one global step.
+
+    Attributes:
+        retries: requests to the object store that had to be repeated, by reason, since the record
+            before; a process that reads counts them once.
+    """
 
     step: int
     rows: list[PackedRow]
+    retries: dict[str, int]
+
+
+@dataclasses.dataclass(frozen=True)
+class Share:
+    """What one worker does in one global step, before any pixel is read.
+
+    Attributes:
+        rows: the samples of each of its rows.
+        records: where these samples lie.
+        row_shape: of the step.
+        max_seqlen: no image has more tokens.
+    """
+
+    step: int
+    rows: list[list[SampleView]]
+    records: SampleRecords
+    row_shape: RowShape
+    max_seqlen: int
 
 
 def load_step(plan: Plan, step: int) -> list[PackedRow]:
     """Read, decode and pack the samples of one global step, in the calling process."""
-    return _load_worker(plan, step, plan.step(step), worker=0, num_workers=1)
+    (share,) = shares_of_step(plan, step, num_workers=1)
+    return load_share(plan, share)
 
 
-def _load_worker(
-    plan: Plan, step: int, planned: StepPlan, worker: int, num_workers: int
-) -> list[PackedRow]:
-    """Load the rows of a planned step that one worker takes."""
+def shares_of_step(plan: Plan, step: int, num_workers: int) -> list[Share]:
+    """Plan a step and deal its rows out: row i to worker i mod num_workers.
+
+    Every worker takes part in every collective: all get as many rows, the last ones empty.
+    """
     index = plan.stage_index(step)
-    rows = planned.rows[worker::num_workers]
-    # Every worker takes part in every collective: one that has no row gets an empty one.
-    rows += [[]] * (-(-len(planned.rows) // num_workers) - len(rows))
+    planned = plan.step(step)
     place = {sample_id: i for i, sample_id in enumerate(planned.records.sample_id.tolist())}
-    mine = sorted({place[view.sample_id] for row in rows for view in row})
+    passes = -(-len(planned.rows) // num_workers)
+    shares = []
+    for worker in range(num_workers):
+        rows = planned.rows[worker::num_workers]
+        rows += [[]] * (passes - len(rows))
+        mine = sorted({place[view.sample_id] for row in rows for view in row})
+        shares.append(
+            Share(
+                step=step,
+                rows=rows,
+                records=planned.records.take(mine),
+                row_shape=plan.row_shapes[index],
+                max_seqlen=max(plan.stages[index].token_budgets),
+            )
+        )
+    return shares
+
+
+def load_share(plan: Plan, share: Share) -> list[PackedRow]:
+    """Read, decode and pack what a worker does in a step."""
     return load_rows(
         plan.corpus,
-        planned.records.take(mine),
-        rows,
-        step=step,
+        share.records,
+        share.rows,
+        step=share.step,
         patch_size=plan.patch_size,
         row_tokens=plan.data.row_tokens,
-        max_images=plan.row_shapes[index].max_images,
-        max_seqlen=max(plan.stages[index].token_budgets),
+        max_images=share.row_shape.max_images,
+        max_seqlen=share.max_seqlen,
     )
 
 
@@ -186,30 +233,40 @@ def write_patches(pixels: NDArray[np.uint8], patches: NDArray[np.uint8], patch_s
 def training_dataset(plan: Plan, first_step: int, num_workers: int) -> Any:
     """Return the Ray Dataset of a training from a step on; worker r takes rows r, r + W, ...
 
-    Each of its records holds the rows of one worker in a few steps; records come in the order
+    One task at a time plans, step by step, far enough ahead of the many that read and decode what
+    it planned. Each record holds the rows of one worker in a few steps; records come in the order
     worker 0, 1, ..., W - 1, and again, which `streaming_split` deals out one by one.
     """
+    import pyarrow as pa
     import ray.data
 
     # Computed once here, it travels with the plan; otherwise every task would compute it again.
     assert plan.row_shapes
-    tasks = _tasks(plan, first_step, num_workers)
-    num_tasks = len(tasks)
+    groups = _step_groups(plan, first_step)
+    blocks = np.array_split(groups, min(len(groups), _MAX_INPUT_BLOCKS))
 
-    def load(batch: dict[str, NDArray[np.int64]]) -> Iterator[dict[str, NDArray[Any]]]:
-        for number in batch["id"].tolist():
-            steps, workers = tasks[number]
-            planned = {step: plan.step(step) for step in steps}
-            for worker in workers:
-                rows: list[PackedRow] = []
-                for step in steps:
-                    rows += _load_worker(plan, step, planned[step], worker, num_workers)
-                yield _record(rows)
+    def plan_groups(batch: dict[str, NDArray[np.int64]]) -> Iterator[dict[str, NDArray[Any]]]:
+        for start, stop in zip(batch["start"].tolist(), batch["stop"].tolist(), strict=True):
+            by_step = [shares_of_step(plan, step, num_workers) for step in range(start, stop)]
+            by_worker = [list(shares) for shares in zip(*by_step, strict=True)]
+            together = _workers_per_task(plan, start, num_workers)
+            for worker in range(0, num_workers, together):
+                task = np.empty(1, dtype=object)
+                task[0] = by_worker[worker : worker + together]
+                yield {"task": task}
 
-    dataset = ray.data.range(num_tasks, override_num_blocks=min(num_tasks, _MAX_INPUT_BLOCKS))
-    if num_tasks > _MAX_INPUT_BLOCKS:
-        # With preserved order a task's rows wait for all tasks before it: tasks must stay small.
-        dataset = dataset.repartition(target_num_rows_per_block=1)
+    def load(batch: dict[str, NDArray[Any]]) -> Iterator[dict[str, NDArray[Any]]]:
+        for by_worker in batch["task"]:
+            for shares in by_worker:
+                rows = [row for share in shares for row in load_share(plan, share)]
+                yield _record(rows, _new_retries())
+
+    # Not ray.data.range: its read tasks would each take a whole core from the training.
+    dataset = ray.data.from_blocks(
+        [pa.table({"start": block[:, 0], "stop": block[:, 1]}) for block in blocks]
+    )
+    # Different resources keep Ray from fusing the two.
+    dataset = dataset.map_batches(plan_groups, batch_size=None, num_cpus=0.25, concurrency=1)
     dataset = dataset.map_batches(load, batch_size=None, num_cpus=0.5)
     # `streaming_split` deals out blocks. Only blocks of one record each go round in turn, and Ray
     # joins records into one block until it exceeds this many bytes.
@@ -217,35 +274,53 @@ def training_dataset(plan: Plan, first_step: int, num_workers: int) -> Any:
     return dataset
 
 
-def _tasks(plan: Plan, first_step: int, num_workers: int) -> list[tuple[range, range]]:
-    """Cut the remaining steps into tasks: (steps, workers), in the order of their records.
+def _step_groups(plan: Plan, first_step: int) -> NDArray[np.int64]:
+    """Cut the remaining steps into neighbours that are planned and read together.
 
-    A task holds at most about _IMAGES_PER_TASK images, or one worker's part of one step; its rows
-    are of one stage, and so of one shape.
+    Returns:
+        (first step, step after the last) of each, int64 [G, 2]; the steps of one are of one stage,
+        and so their rows of one shape.
     """
-    tasks: list[tuple[range, range]] = []
+    groups = []
     end = 0
     for stage in plan.stages:
-        start, end = end, end + stage.steps
-        size = max(1, _IMAGES_PER_TASK // stage.images_per_step)
-        together = num_workers if stage.images_per_step <= _IMAGES_PER_TASK else 1
-        for step in range(max(start, first_step), end, size):
-            steps = range(step, min(step + size, end))
-            tasks += [
-                (steps, range(worker, worker + together))
-                for worker in range(0, num_workers, together)
-            ]
-    return tasks
+        begin, end = max(end, first_step), end + stage.steps
+        starts = np.arange(begin, end, max(1, _IMAGES_PER_TASK // stage.images_per_step))
+        if len(starts):
+            groups.append(np.stack([starts, np.append(starts[1:], end)], axis=1))
+    return np.concatenate(groups)
 
 
-def execution_options() -> Any:
-    """Return the Ray Data options that deal records out in order."""
-    from ray.data import ExecutionOptions
+def _workers_per_task(plan: Plan, step: int, num_workers: int) -> int:
+    """Return for how many workers one task reads: together about _IMAGES_PER_TASK images."""
+    images_per_worker = max(1, plan.stage_of(step).images_per_step // num_workers)
+    return min(num_workers, max(1, _IMAGES_PER_TASK // images_per_worker))
 
-    return ExecutionOptions(preserve_order=True)
+
+def execution_options(plan: Plan) -> Any:
+    """Return the Ray Data options that deal records out in order, a bounded way ahead."""
+    from ray.data import ExecutionOptions, ExecutionResources
+
+    options = ExecutionOptions(preserve_order=True)
+    step_bytes = max(shape.num_rows for shape in plan.row_shapes) * plan.row_bytes
+    options.resource_limits = ExecutionResources(
+        object_store_memory=max(_MIN_STORE_BYTES, _STEPS_AHEAD * step_bytes)
+    )
+    return options
 
 
-def _record(rows: list[PackedRow]) -> dict[str, NDArray[Any]]:
+_counted_retries: dict[str, int] = {}
+
+
+def _new_retries() -> dict[str, int]:
+    """Return the retries of this process since the last call, by reason."""
+    now = retry_counts()
+    new = {reason: count - _counted_retries.get(reason, 0) for reason, count in now.items()}
+    _counted_retries.update(now)
+    return {reason: count for reason, count in new.items() if count}
+
+
+def _record(rows: list[PackedRow], retries: dict[str, int]) -> dict[str, NDArray[Any]]:
     """Return one record of the dataset: one worker's rows of the steps of a task."""
     texts = [json.dumps({"keys": row.keys, "skipped": row.skipped}) for row in rows]
     return {
@@ -255,6 +330,7 @@ def _record(rows: list[PackedRow]) -> dict[str, NDArray[Any]]:
         "tile_position": np.stack([row.tile_position for row in rows])[None],
         "max_seqlen": np.array([[row.max_seqlen for row in rows]]),
         "texts": np.array([json.dumps(texts)]),
+        "retries": np.array([json.dumps(retries)]),
     }
 
 
@@ -284,11 +360,13 @@ def iterate_steps(
     expected = first_step
     for record in records:
         rows = _rows_of_record(record)
+        retries = json.loads(str(record["retries"][0]))
         for step in dict.fromkeys(row.step for row in rows):
             if step != expected:
                 raise RuntimeError(f"data of step {step} arrived where step {expected} was due")
-            yield StepRows(step, [row for row in rows if row.step == step])
+            yield StepRows(step, [row for row in rows if row.step == step], retries)
             expected += 1
+            retries = {}
 
 
 def _rows_of_record(record: dict[str, NDArray[Any]]) -> list[PackedRow]:

@@ -69,7 +69,7 @@ def launch(
                 failure_config=ray.train.FailureConfig(max_failures=run.max_failures),
             ),
             datasets={"train": remaining},
-            dataset_config=ray.train.DataConfig(execution_options=ingest.execution_options()),
+            dataset_config=ray.train.DataConfig(execution_options=ingest.execution_options(plan)),
         )
         try:
             with _own_interrupts():

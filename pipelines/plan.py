@@ -6,8 +6,9 @@ any machine, with the same result.
 """
 
 import dataclasses
+from collections.abc import Iterable
 from functools import cached_property
-from math import ceil, log, sqrt
+from math import ceil, floor, log, sqrt
 from statistics import fmean
 
 import numpy as np
@@ -23,7 +24,8 @@ _PURPOSE_SHUFFLE, _PURPOSE_VIEW = 2, 3
 # A stage's first steps, with so many images but no more steps than that, shape all of its steps.
 _SAMPLED_IMAGES, _SAMPLED_STEPS = 16_384, 64
 _SPARE_SLOTS = 1.25  # a row has so many more image slots than images of mean size fill
-_SHRINK = 0.99  # budgets of a step that overflows its rows are lowered at least by this
+_SPARE_ROWS = 2  # rows that the packing may need above what the tokens would fill
+_SHRINK = 0.995  # budgets of a step that overflows its rows are lowered at least by this
 
 
 @config
@@ -160,6 +162,11 @@ class Plan:
                 )
 
     @property
+    def row_bytes(self) -> int:
+        """Bytes of the pixels of a packed row."""
+        return 3 * self.patch_size**2 * self.data.row_tokens
+
+    @property
     def num_steps(self) -> int:
         """Optimizer steps of all stages."""
         return sum(stage.steps for stage in self.stages)
@@ -200,26 +207,35 @@ class Plan:
     def _row_shape(self, index: int) -> RowShape:
         stage = self.stages[index]
         first = sum(other.steps for other in self.stages[:index])
-        num_sampled = min(_SAMPLED_STEPS, ceil(_SAMPLED_IMAGES / stage.images_per_step))
-        lengths = [
-            [view.num_tokens(self.patch_size) for view in self._views(step, stage, 1.0)[0]]
-            for step in range(first, first + min(num_sampled, stage.steps))
-        ]
-        mean = fmean(length for of_step in lengths for length in of_step)
-        max_images = ceil(_SPARE_SLOTS * self.data.row_tokens / mean)
-        # The mean, not the most: room for the largest step would be padding in all others.
-        num_rows = stage.rows_per_step or round(
-            fmean(self._num_rows(of_step, max_images) for of_step in lengths)
-        )
-        # A row that has room for every image shrunk to a token must also have slots for them.
-        max_images = max(max_images, ceil(stage.images_per_step / num_rows))
-        return RowShape(num_rows=num_rows, max_images=max_images)
+        num_steps = min(stage.steps, _SAMPLED_STEPS, ceil(_SAMPLED_IMAGES / stage.images_per_step))
+        sampled = [self._samples(step, stage) for step in range(first, first + num_steps)]
+        tokens = [self._num_tokens(self._views(samples, 1.0)) for samples in sampled]
+        mean_image = sum(tokens) / (len(sampled) * stage.images_per_step)
 
-    def _num_rows(self, lengths: list[int], max_images: int) -> int:
-        num_rows = ceil(sum(lengths) / self.data.row_tokens)
-        while self._pack(lengths, RowShape(num_rows=num_rows, max_images=max_images)) is None:
-            num_rows += 1
-        return num_rows
+        def shape(num_rows: int) -> RowShape:
+            # A row that has room for every image shrunk to a token must also have slots for them.
+            max_images = max(
+                ceil(_SPARE_SLOTS * self.data.row_tokens / mean_image),
+                ceil(stage.images_per_step / num_rows),
+            )
+            return RowShape(num_rows=num_rows, max_images=max_images)
+
+        if stage.rows_per_step:
+            return shape(stage.rows_per_step)
+
+        def waste(num_rows: int) -> float:
+            """Return the tokens of a step left empty, and those lost to lower budgets."""
+            rows = [row for samples in sampled for row in self._fit(samples, shape(num_rows))]
+            packed = sum(map(self._num_tokens, rows)) / len(sampled)
+            return (num_rows * self.data.row_tokens - packed) + (fmean(tokens) - packed)
+
+        # Room for the largest step would be padding in all others, so that some shrink a little.
+        fewest = max(1, floor(fmean(tokens) / self.data.row_tokens))
+        most = ceil(max(tokens) / self.data.row_tokens) + _SPARE_ROWS
+        return shape(min(range(fewest, most + 1), key=waste))
+
+    def _num_tokens(self, views: Iterable[SampleView]) -> int:
+        return sum(view.num_tokens(self.patch_size) for view in views)
 
     def _pack(self, lengths: list[int], shape: RowShape) -> list[list[int]] | None:
         """Pack a step into the rows of its stage, evenly if that fits; None if nothing does."""
@@ -240,18 +256,22 @@ class Plan:
                 f"rows_per_step={shape.num_rows} has no room for images_per_step="
                 f"{stage.images_per_step}; raise it, or set it to 0"
             )
+        samples = self._samples(step, stage)
+        return StepPlan(self._fit(samples, shape), samples.records)
+
+    def _fit(self, samples: "_Samples", shape: RowShape) -> list[list[SampleView]]:
+        """Pack the samples of a step into its rows, with budgets as low as that takes."""
         shrink = 1.0
         while True:
-            views, records = self._views(step, stage, shrink)
+            views = self._views(samples, shrink)
             rows = self._pack([view.num_tokens(self.patch_size) for view in views], shape)
             if rows is not None:
-                return StepPlan([[views[i] for i in row] for row in rows], records)
-            total = sum(view.num_tokens(self.patch_size) for view in views)
+                return [[views[i] for i in row] for row in rows]
+            total = self._num_tokens(views)
             shrink *= min(_SHRINK, shape.num_rows * self.data.row_tokens / total)
 
-    def _views(
-        self, step: int, stage: Stage, shrink: float
-    ) -> tuple[list[SampleView], SampleRecords]:
+    def _samples(self, step: int, stage: Stage) -> "_Samples":
+        """Return the samples of a step, shuffled, with the crop and the budget of each."""
         epochs, sample_ids = self.corpus.order(
             self.images_before(step),
             stage.images_per_step,
@@ -265,27 +285,53 @@ class Plan:
             uniform(hash_of(self.seed, _PURPOSE_VIEW, epochs, sample_ids, draw))
             for draw in range(7)
         ]
-        views = []
-        for i in range(len(sample_ids)):
-            crop = _random_crop(
-                int(records.height[i]), int(records.width[i]), self.data, [d[i] for d in draws[:4]]
-            )
-            budget = stage.token_budgets[int(draws[4][i] * len(stage.token_budgets))]
-            views.append(
-                SampleView(
-                    sample_id=int(sample_ids[i]),
-                    epoch=int(epochs[i]),
-                    crop=crop,
-                    size=fit_to_budget(
-                        crop[2],
-                        crop[3],
-                        patch_size=self.patch_size,
-                        token_budget=max(1, int(budget * shrink)),
-                    ),
-                    tile_position=(float(draws[5][i]), float(draws[6][i])),
+        return _Samples(
+            records=records,
+            epochs=epochs.tolist(),
+            crops=[
+                _random_crop(height, width, self.data, [float(draw[i]) for draw in draws[:4]])
+                for i, (height, width) in enumerate(
+                    zip(records.height.tolist(), records.width.tolist(), strict=True)
                 )
+            ],
+            budgets=[stage.token_budgets[int(d * len(stage.token_budgets))] for d in draws[4]],
+            tile_positions=list(zip(draws[5].tolist(), draws[6].tolist(), strict=True)),
+        )
+
+    def _views(self, samples: "_Samples", shrink: float) -> list[SampleView]:
+        return [
+            SampleView(
+                sample_id=sample_id,
+                epoch=epoch,
+                crop=crop,
+                size=fit_to_budget(
+                    crop[2],
+                    crop[3],
+                    patch_size=self.patch_size,
+                    token_budget=max(1, int(budget * shrink)),
+                ),
+                tile_position=tile_position,
             )
-        return views, records
+            for sample_id, epoch, crop, budget, tile_position in zip(
+                samples.records.sample_id.tolist(),
+                samples.epochs,
+                samples.crops,
+                samples.budgets,
+                samples.tile_positions,
+                strict=True,
+            )
+        ]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Samples:
+    """The samples of a step before they are packed: lists of one length."""
+
+    records: SampleRecords
+    epochs: list[int]
+    crops: list[tuple[int, int, int, int]]
+    budgets: list[int]
+    tile_positions: list[tuple[float, float]]
 
 
 def whole_view(

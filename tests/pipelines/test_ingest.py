@@ -37,7 +37,7 @@ def plan(sample_manifests: tuple[Path, Path]) -> Plan:
 def consume(plan: Plan, first_step: int, num_workers: int) -> list[list[ingest.StepRows]]:
     """Read a training's dataset on concurrent consumers, as the training workers do."""
     dataset = ingest.training_dataset(plan, first_step, num_workers)
-    dataset.context.execution_options = ingest.execution_options()
+    dataset.context.execution_options = ingest.execution_options(plan)
     iterators = dataset.streaming_split(num_workers, equal=True)
     steps: list[list[ingest.StepRows]] = [[] for _ in range(num_workers)]
 
@@ -91,7 +91,7 @@ def test_small_tasks_come_out_of_large_input_blocks_in_order(
 
 
 def test_a_step_out_of_turn_is_refused(plan: Plan) -> None:
-    records = [ingest._record(ingest.load_step(plan, step)) for step in (2, 3)]
+    records = [ingest._record(ingest.load_step(plan, step), {}) for step in (2, 3)]
     assert [step.step for step in ingest.iterate_steps(records, 2)] == [2, 3]
     with pytest.raises(RuntimeError, match="data of step 2 arrived where step 1 was due"):
         list(ingest.iterate_steps(records, 1))
