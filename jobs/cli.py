@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 import tyro
 
-from pipelines.failures import root_cause
+from pipelines.failures import Preempted, root_cause
 from pipelines.tar_index import IMAGE_EXTENSIONS
 
 
@@ -37,6 +37,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     except KeyboardInterrupt:
         return _complain("interrupted; what is finished is kept", 130)
+    except Preempted as error:
+        return _complain(str(error), 143)
     except Exception as error:
         if not _is_foreseen(error):
             raise

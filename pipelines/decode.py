@@ -5,6 +5,7 @@ orientation has been applied before anybody here counts a row.
 """
 
 import io
+import struct
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,10 +16,14 @@ from PIL import Image, UnidentifiedImageError
 
 from vitok.pillow import ORIENTATION_TAG, TRANSPOSITIONS, exif_orientation, to_rgb_or_gray
 
-# A task of ingest stays under 1 GB. Measured peaks: 9 bytes a pixel for a progressive JPEG, 13 for
-# one in CMYK; 10 for PNG, 18 for WebP, 20 where transparency is composited.
-MAX_PIXELS = 64 * 2**20
+# A task of ingest stays under 1 GB, of which one decoding may take 450 MiB. Measured peaks, in
+# bytes a pixel of the image, whole or cropped and shrunk: 9 for a JPEG by libjpeg-turbo, where it
+# is progressive (baseline and whole: 3); 13 for PNG, TIFF, BMP, GIF and CMYK in JPEG; 22 for
+# WebP, whose decoder keeps two canvases; 15 for AVIF; 17 for 32 bits a sample. A result that is
+# not smaller than a big JPEG takes 12.
+MAX_PIXELS = 48 * 2**20
 MAX_PIXELS_OTHER_THAN_JPEG = 32 * 2**20
+MAX_PIXELS_COSTLY = 20 * 2**20
 
 # Everything else Pillow can open (EPS runs Ghostscript, PSD, FITS, ...) is never tried.
 FORMATS = ("JPEG", "PNG", "WEBP", "TIFF", "GIF", "BMP", "AVIF")
@@ -41,6 +46,9 @@ _STORED_AXES = {
     7: (True, True, True),
     8: (True, True, False),
 }
+_TIFF_TILE_TAGS = (322, 323)  # TileWidth, TileLength
+# TIFF 6.0, section 2, and the 64-bit types of BigTIFF.
+_TIFF_TYPE_BYTES = {3: 2, 4: 4, 5: 8, 8: 2, 9: 4, 10: 8, 11: 4, 12: 8, 13: 4, 16: 8, 17: 8, 18: 8}
 _PNG_METADATA_NAMES = (b"eXIf", b"Raw profile type exif", b"XML:com.adobe.xmp")
 
 _JPEG_START = b"\xff\xd8\xff"
@@ -113,7 +121,17 @@ def decode_rgb(
         target_size = (out_height, out_width) if swapped else (out_width, out_height)
         pixels = _decode_jpeg(data, stored_size, box, target_size) if jpeg_size else None
         if pixels is None:
-            pixels = _decode_with_pillow(image or _open(data), box, target_size)
+            image = image or _open(data)
+            if image.width * image.height > MAX_PIXELS_OTHER_THAN_JPEG:
+                raise UnreadableImage(
+                    f"damaged image: of more than {MAX_PIXELS_OTHER_THAN_JPEG} pixels only a JPEG "
+                    "without errors is decoded"
+                )
+            scale = _draft(image, box, target_size)
+            # Bound to one name, each image goes as soon as the next is made of it.
+            image = to_rgb_or_gray(image)
+            image = _crop_and_resize(image, scale, box, target_size)
+            pixels = np.array(image if image.mode == "RGB" else image.convert("RGB"))
         if orientation in TRANSPOSITIONS:
             pixels = np.array(Image.fromarray(pixels).transpose(TRANSPOSITIONS[orientation]))
         return pixels
@@ -170,8 +188,9 @@ def _decode_jpeg(
     if not all(edge.is_integer() for edge in (x0, y0, x1, y1)):
         image = Image.fromarray(pixels)
         return np.array(image.resize(size, Image.Resampling.BICUBIC, box=(x0, y0, x1, y1)))
-    cropped = np.ascontiguousarray(pixels[int(y0) : int(y1), int(x0) : int(x1)])
-    return _resize(cropped, size)
+    # Under the same name, so that the rest of the image goes before the resize takes memory.
+    pixels = np.ascontiguousarray(pixels[int(y0) : int(y1), int(x0) : int(x1)])
+    return _resize(pixels, size)
 
 
 def _resize(pixels: np.ndarray, size: tuple[int, int]) -> np.ndarray:
@@ -193,18 +212,14 @@ def _resize(pixels: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     return np.ascontiguousarray(resized[0].permute(1, 2, 0).numpy())
 
 
-def _decode_with_pillow(
-    image: Image.Image, box: tuple[int, int, int, int], size: tuple[int, int]
-) -> np.ndarray:
-    """Decode a box of an opened image at a size (width, height)."""
-    scale = _draft(image, box, size)
-    image = to_rgb_or_gray(image)
+def _crop_and_resize(
+    image: Image.Image, scale: int, box: tuple[int, int, int, int], size: tuple[int, int]
+) -> Image.Image:
+    """Resize a box of an image that was decoded at 1/scale to (width, height), by Pillow."""
     if size != (box[2] - box[0], box[3] - box[1]):
         scaled_box = tuple(edge / scale for edge in box)
-        image = image.resize(size, Image.Resampling.BICUBIC, box=scaled_box)
-    elif size != image.size:
-        image = image.crop(box)
-    return np.array(image if image.mode == "RGB" else image.convert("RGB"))
+        return image.resize(size, Image.Resampling.BICUBIC, box=scaled_box)
+    return image.crop(box) if size != image.size else image
 
 
 @contextmanager
@@ -230,16 +245,54 @@ def _unreadable_on_error() -> Iterator[None]:
 def _open(data: bytes) -> Image.Image:
     if not data:
         raise UnreadableImage("zero bytes where an image should be")
+    if data[:2] in (b"II", b"MM"):
+        _check_tiff_tags(data)
     image = Image.open(io.BytesIO(data), formats=FORMATS)
     width, height = image.size
-    limit = MAX_PIXELS if image.format in ("JPEG", "MPO") else MAX_PIXELS_OTHER_THAN_JPEG
+    limit = _max_pixels(image)
     if width * height > limit:
         raise UnreadableImage(
             f"too many pixels: {height}x{width} = {height * width}, the limit is {limit}"
         )
+    if image.format == "TIFF":
+        tile_width, tile_height = (image.tag_v2.get(tag, 1) for tag in _TIFF_TILE_TAGS)
+        if tile_width * tile_height > limit:  # libtiff decodes whole tiles, however much is used
+            raise UnreadableImage(
+                f"too many pixels: tiles of {tile_height}x{tile_width}, the limit is {limit}"
+            )
     if width * height == 0:
         raise UnreadableImage(f"no pixels: the header says {height}x{width}")
     return image
+
+
+def _max_pixels(image: Image.Image) -> int:
+    if image.format in ("JPEG", "MPO") and image.mode in ("RGB", "L"):
+        return MAX_PIXELS
+    if image.format in ("WEBP", "AVIF") or image.mode in ("I", "F"):
+        return MAX_PIXELS_COSTLY
+    return MAX_PIXELS_OTHER_THAN_JPEG
+
+
+def _check_tiff_tags(data: bytes) -> None:
+    """Refuse a TIFF whose tags claim more bytes than the file has.
+
+    libtiff reads every tag into memory, and thousands may point at the same megabytes.
+    """
+    order = "<" if data[:2] == b"II" else ">"
+    big = b"\x2b" in data[2:4]
+    start, count_format, entry_format = (8, "Q", "HHQ8x") if big else (4, "H", "HHL4x")
+    (start,) = struct.unpack_from(order + ("Q" if big else "L"), data, start)
+    (num_tags,) = struct.unpack_from(order + count_format, data, start)
+    start += struct.calcsize(order + count_format)
+    stop = start + num_tags * struct.calcsize(order + entry_format)
+    num_bytes = sum(
+        _TIFF_TYPE_BYTES.get(kind, 1) * count
+        for _, kind, count in struct.iter_unpack(order + entry_format, data[start:stop])
+    )
+    if num_bytes > len(data):
+        raise UnreadableImage(
+            f"damaged image: its tags claim {num_bytes} bytes, the file has {len(data)}"
+        )
 
 
 def _orientation(image: Image.Image, data: bytes) -> int:

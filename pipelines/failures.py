@@ -1,6 +1,10 @@
 """What went wrong, out of whatever a distributed system wrapped around it."""
 
 
+class Preempted(Exception):
+    """Somebody outside asked the work to stop; it can be gone on with."""
+
+
 def root_cause(error: BaseException) -> str:
     """Return the message of the exception that started it, in one line where it is one."""
     failures = getattr(error, "worker_failures", None)  # ray.train.WorkerGroupError

@@ -27,6 +27,8 @@ from vitok.patches import grid_size, normalize_patches
 _IMAGES_PER_TASK = 256
 # Ray's input blocks are made before the first task starts: there must not be millions of them.
 _MAX_INPUT_BLOCKS = 1000
+# A task of many large photographs is read in parts, so that it stays small.
+_MAX_ENCODED_BYTES = 128 * 2**20
 # Rows wait in the object store for this many steps at most, where that is not too little to stream.
 _STEPS_AHEAD = 4
 _MIN_STORE_BYTES = 512 * 2**20
@@ -38,7 +40,7 @@ class PackedRow:
 
     Attributes:
         step: the global step that it belongs to.
-        patches: [T, 3P^2] uint8.
+        patches: [T, 3P^2] uint8; a tensor where it lies on a device already.
         image_size: [S, 2] int32, pixels (height, width); 0 in unused slots.
         tile_position: [S, 2] float32 in [0, 1).
         keys: keys of the images, in the order in which they lie in the row.
@@ -47,7 +49,7 @@ class PackedRow:
     """
 
     step: int
-    patches: NDArray[np.uint8]
+    patches: NDArray[np.uint8] | torch.Tensor
     image_size: NDArray[np.int32]
     tile_position: NDArray[np.float32]
     keys: list[str]
@@ -60,9 +62,14 @@ class PackedRow:
         return isqrt(self.patches.shape[1] // 3)
 
     @property
+    def image_tokens(self) -> list[int]:
+        """Tokens of each image slot of the row; 0 in unused ones."""
+        return (-(-self.image_size // self.patch_size)).prod(axis=1).tolist()
+
+    @property
     def num_tokens(self) -> int:
         """Real tokens of the row."""
-        return int((-(-self.image_size // self.patch_size)).prod(axis=1).sum())
+        return sum(self.image_tokens)
 
     def to_packed(self, device: torch.device) -> tuple[PackedTokens, torch.Tensor]:
         """Return the row as pixels in [-1, 1] on the device, and its tile positions [S, 2]."""
@@ -74,7 +81,7 @@ class PackedRow:
             max_images=len(self.image_size),
             max_seqlen=self.max_seqlen,
         ).to(device)
-        patches = torch.from_numpy(self.patches).to(device, non_blocking=True)
+        patches = torch.as_tensor(self.patches).to(device, non_blocking=True)
         pixels = normalize_patches(patches, layout.patch_coord, layout.token_image_size())
         position = torch.from_numpy(self.tile_position).to(device, non_blocking=True)
         return layout.with_tokens(pixels), position
@@ -176,7 +183,7 @@ def load_rows(
         rows: the samples of each row, in order; together they have at most row_tokens tokens.
     """
     place = {sample_id: i for i, sample_id in enumerate(records.sample_id.tolist())}
-    contents = corpus.read(records)
+    decoded = _decode(corpus, records, [view for row in rows for view in row])
 
     def load_row(views: list[SampleView]) -> PackedRow:
         patches = np.zeros((row_tokens, 3 * patch_size**2), dtype=np.uint8)
@@ -188,10 +195,9 @@ def load_rows(
         for view in views:
             index = place[view.sample_id]
             key = str(records.key[index])
-            try:
-                pixels = decode_rgb(contents[index], crop=view.crop, size=view.size)
-            except UnreadableImage as error:
-                skipped.append((corpus.uri(int(records.shard[index])), key, str(error)))
+            pixels = decoded[view]
+            if isinstance(pixels, UnreadableImage):
+                skipped.append((corpus.uri(int(records.shard[index])), key, str(pixels)))
                 continue
             start, end = end, end + view.num_tokens(patch_size)
             write_patches(pixels, patches[start:end], patch_size)
@@ -209,6 +215,30 @@ def load_rows(
         )
 
     return [load_row(views) for views in rows]
+
+
+def _decode(
+    corpus: Corpus, records: SampleRecords, views: list[SampleView]
+) -> dict[SampleView, NDArray[np.uint8] | UnreadableImage]:
+    """Read the samples of views as they lie in the shards, and decode each to what is seen of it.
+
+    No more than _MAX_ENCODED_BYTES of encoded images are held at a time.
+    """
+    views_of: dict[int, list[SampleView]] = {}
+    for view in views:
+        views_of.setdefault(view.sample_id, []).append(view)
+    in_order = np.lexsort((records.offset, records.shard))
+    part_of = np.cumsum(records.length[in_order]) // _MAX_ENCODED_BYTES
+    decoded: dict[SampleView, NDArray[np.uint8] | UnreadableImage] = {}
+    for number in np.unique(part_of):
+        part = records.take(in_order[part_of == number].tolist())
+        for sample_id, data in zip(part.sample_id.tolist(), corpus.read(part), strict=True):
+            for view in views_of[sample_id]:
+                try:
+                    decoded[view] = decode_rgb(data, crop=view.crop, size=view.size)
+                except UnreadableImage as error:
+                    decoded[view] = error
+    return decoded
 
 
 def write_patches(pixels: NDArray[np.uint8], patches: NDArray[np.uint8], patch_size: int) -> None:

@@ -3,20 +3,24 @@
 import signal
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from typing import Any
 
 import ray
+import ray.data
 import ray.train
 from ray.train.torch import TorchTrainer
 
 from pipelines import ingest
-from pipelines.failures import root_cause
+from pipelines.failures import Preempted, root_cause
 from pipelines.plan import Plan
 from pipelines.progress import progress_bar
 from pipelines.runs import RunConfig, next_step
-from pipelines.tracking import Tracker
+from pipelines.tracking import Tracker, system_metrics
 from vitok.storage import Folder
+
+# How often an elastic group looks whether it can grow.
+_RESIZE_INTERVAL_S = 60.0
 
 
 def launch(
@@ -37,14 +41,11 @@ def launch(
     if next_step(folder) >= plan.num_steps:
         return
 
-    def remaining() -> Any:
-        # Called at every start of the worker group, with the checkpoint that it will restore.
-        return ingest.training_dataset(plan, next_step(folder), run.num_workers)
-
+    fewest = run.min_workers or run.num_workers
     check_resources(
         # One more core reads and decodes: without it no data would ever come.
-        num_cpus=run.num_workers * run.cpus_per_worker + 1,
-        num_gpus=run.num_workers * run.use_gpu,
+        num_cpus=fewest * run.cpus_per_worker + 1,
+        num_gpus=fewest * run.use_gpu,
         remedy="lower run.num_workers or run.cpus_per_worker, or set run.use_gpu to False",
     )
     first_step = next_step(folder)
@@ -53,11 +54,19 @@ def launch(
             worker,
             train_loop_config={
                 "settings": settings,
-                "tracking": {"uri": tracker.uri, "run_id": tracker.run_id},
+                "tracking": {
+                    "uri": tracker.uri,
+                    "run_id": tracker.run_id,
+                    "spool": tracker.spool,
+                },
+                "driver_node": ray.get_runtime_context().get_node_id(),
                 "board": board,
             },
             scaling_config=ray.train.ScalingConfig(
-                num_workers=run.num_workers,
+                num_workers=(run.min_workers, run.num_workers)
+                if run.min_workers
+                else run.num_workers,
+                elastic_resize_monitor_interval_s=_RESIZE_INTERVAL_S,
                 use_gpu=run.use_gpu,
                 resources_per_worker={"CPU": run.cpus_per_worker}
                 | ({"GPU": 1} if run.use_gpu else {}),
@@ -68,21 +77,58 @@ def launch(
                 checkpoint_config=ray.train.CheckpointConfig(num_to_keep=run.keep_checkpoints),
                 failure_config=ray.train.FailureConfig(max_failures=run.max_failures),
             ),
-            datasets={"train": remaining},
-            dataset_config=ray.train.DataConfig(execution_options=ingest.execution_options(plan)),
+            # Not made before it is known for how many workers; see _PlannedData.
+            datasets={"train": lambda: ray.data.from_items([0])},
+            dataset_config=_PlannedData(plan, folder),
         )
         try:
-            with _own_interrupts():
+            with _own_interrupts(), _leaving_on_sigterm(board):
                 trainer.fit()
         except ray.train.TrainingFailedError as error:
             raise RuntimeError(
                 f"the training stopped after step {next_step(folder)}: {root_cause(error)}"
             ) from error
+        if ray.get(board.is_leaving.remote()) and next_step(folder) < plan.num_steps:
+            raise Preempted(
+                f"stopped by SIGTERM with a checkpoint after step {next_step(folder)}; start it "
+                "again to go on"
+            )
     if next_step(folder) < plan.num_steps:
         raise RuntimeError(
             f"the training ended after step {next_step(folder)} of {plan.num_steps}, without an "
             "error; start it again to go on"
         )
+
+
+@contextmanager
+def recorded(given: dict[str, Any]) -> Iterator[Tracker | None]:
+    """Record a worker's part of the MLflow run: gives rank 0 its Tracker, and nobody else one.
+
+    The first worker of every node but the driver's, which records its own, samples the node's load.
+    """
+    context = ray.train.get_context()
+    node = ray.get_runtime_context().get_node_id()
+    with ExitStack() as stack:
+        tracker = None
+        if context.get_world_rank() == 0:
+            tracker = stack.enter_context(closing(Tracker(**given["tracking"])))
+        if context.get_local_rank() == 0 and node != given["driver_node"]:
+            stack.enter_context(system_metrics(node_id=node, **given["tracking"]))
+        yield tracker
+
+
+class _PlannedData(ray.train.DataConfig):
+    """Makes the dataset of each worker group: from the checkpoint it restores, for its size."""
+
+    def __init__(self, plan: Plan, folder: Folder) -> None:
+        super().__init__(execution_options=ingest.execution_options(plan))
+        self._plan = plan
+        self._folder = folder
+
+    def configure(self, datasets: Any, world_size: int, *args: Any, **kwargs: Any) -> Any:
+        """Return the iterators of every worker; called by Ray Train at every start of a group."""
+        dataset = ingest.training_dataset(self._plan, next_step(self._folder), world_size)
+        return super().configure(dict.fromkeys(datasets, dataset), world_size, *args, **kwargs)
 
 
 def check_resources(num_cpus: float, num_gpus: float, remedy: str) -> None:
@@ -98,6 +144,19 @@ def check_resources(num_cpus: float, num_gpus: float, remedy: str) -> None:
                 f"the job asks for {asked:g} {name}s, the cluster has {offered.get(name, 0):g}; "
                 f"{remedy}"
             )
+
+
+@contextmanager
+def _leaving_on_sigterm(board: Any) -> Iterator[None]:
+    """Let SIGTERM, as job managers and spot instances send it, end with a checkpoint."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, lambda *_: board.leave.remote())
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 @contextmanager

@@ -3,13 +3,17 @@
 import logging
 import math
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import ray
 import ray.train
 import ray.train.torch
 import torch
@@ -20,11 +24,14 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 
 from pipelines import ingest
+from pipelines.meter import Meter, process_metrics
 from pipelines.plan import Plan
 from pipelines.runs import RunConfig
 from pipelines.tracking import Tracker
 from vitok.checkpoint import TrainState
-from vitok.optim import OptimConfig, build_optimizer, learning_rate
+from vitok.ema import Ema
+from vitok.flops import peak_flops
+from vitok.optim import OptimConfig, Optimizers, build_optimizer, learning_rate
 from vitok.parallel import prepare_blocks, shard_model
 
 logger = logging.getLogger(__name__)
@@ -41,37 +48,51 @@ class Evaluation:
     images: dict[str, NDArray[np.uint8]]
 
 
-# Forward pass of one packed row. Returns scalar sums over its images: "loss" and its terms.
-StepFn = Callable[[nn.Module, ingest.PackedRow, torch.device], dict[str, Tensor]]
-# Judges the model; called by every rank at the same step.
-EvaluateFn = Callable[[nn.Module, torch.device], Evaluation]
+@dataclass(frozen=True)
+class Recipe:
+    """What a training gives to the loop.
+
+    Attributes:
+        step: forward pass of one packed row; returns scalar sums over its images, "loss" and its
+            terms.
+        flops: operations of a forward and a backward pass over a row's real tokens.
+        initialize: sets the sharded model to its first weights; called by every rank.
+        evaluate: judges the model; called by every rank at the same step.
+        story: JSON types, kept in every checkpoint: the config, the MLflow run.
+    """
+
+    step: Callable[[nn.Module, ingest.PackedRow, torch.device], dict[str, Tensor]]
+    flops: Callable[[ingest.PackedRow], float]
+    initialize: Callable[[Any], None]
+    evaluate: Callable[[nn.Module, torch.device], Evaluation] | None
+    story: dict[str, Any]
 
 
 def fit(
     model: nn.Module,
-    step_fn: StepFn,
+    recipe: Recipe,
     *,
-    initialize: Callable[[Any], None],
     plan: Plan,
     optim: OptimConfig,
     run: RunConfig,
     tracker: Tracker | None,
     board: Any,
-    evaluate: EvaluateFn | None = None,
 ) -> None:
     """Train a model through the plan; called in every Ray Train worker.
 
     Continues from the run's newest checkpoint. The gradient of a step is that of the mean loss
     over all its images, however they are packed and on however many workers.
 
+    Nothing waits for the device but log steps, evaluations and checkpoints. A step whose gradient
+    is not finite leaves the weights as they are, and the next of these names it.
+
     Args:
         model: on the meta device; sharded here before it takes any memory.
-        initialize: sets the sharded model to its first weights; called by every rank.
         tracker: on rank 0 alone.
         board: the driver's ProgressBoard.
 
     Raises:
-        FloatingPointError: a gradient is not finite; the optimizer has not moved.
+        FloatingPointError: a gradient was not finite; the optimizer has not moved.
         RuntimeError: too many samples were unreadable.
     """
     rank, world_size = dist.get_rank(), dist.get_world_size()
@@ -83,124 +104,256 @@ def fit(
         getattr(torch, run.compute_dtype),
     )
     model.to_empty(device=device)
-    optimizer = build_optimizer(model, optim)
-    state = TrainState(model, optimizer)
-    progress = {"cursor": plan.cursor(0), "skipped": 0, "corpus": plan.corpus.digest}
     checkpoint = ray.train.get_checkpoint()
     if checkpoint is None:
-        initialize(model)
-    else:
+        recipe.initialize(model)
+    optimizer = build_optimizer(model, optim)
+    ema = Ema(model, optim.ema_decay) if optim.ema_decay else None
+    state = TrainState(model, optimizer, ema)
+    progress = {
+        "cursor": plan.cursor(0),
+        "skipped": 0,
+        "store_retries": 0,
+        "corpus": plan.corpus.digest,
+    }
+    if checkpoint is not None:
         with checkpoint.as_directory() as folder:
-            progress = state.load(Path(folder))
-        if progress["corpus"] != plan.corpus.digest:
+            saved = state.load(Path(folder))
+        if saved["corpus"] != plan.corpus.digest:
             raise ValueError(
                 f"{plan.corpus.location} has changed since the run's last checkpoint, and with it "
                 "the order of samples; restore the manifests, or choose another run.name"
             )
+        progress = {name: saved[name] for name in progress}
     first_step = progress["cursor"]["step"]
     # What a killed attempt logged after its last checkpoint is not logged twice.
     logged = tracker.last_step("loss") if tracker else -1
     total_images = plan.images_before(plan.num_steps)
-    meter = Meter(plan.data.row_tokens * world_size)
+    meter = Meter(plan.data.row_tokens * world_size, _peak_of_all(device) if run.mfu else 0.0)
+    checkpoints = _Checkpoints(state, recipe.story)
+    ledger: list[_Outcome] = []
+    status = ""
+    preempted = False
 
     for batch in _timed(_steps(first_step), meter):
-        step = batch.step
-        done = step + 1
+        step, done = batch.step, batch.step + 1
+        last = done == plan.num_steps
+        logs = last or done % run.log_every == 0
+        evaluates = recipe.evaluate is not None and (last or done % run.evaluate_every == 0)
+        saves = last or done % run.checkpoint_every == 0
+        settles = logs or evaluates or saves
+        # A driver that was told to leave says so on its board; all workers learn it together.
+        leaves = settles and rank == 0 and ray.get(board.is_leaving.remote())
         for group in optimizer.param_groups:
             seen = (plan.images_before(step) + plan.images_before(done)) / 2
             group["lr"] = learning_rate(optim, seen / total_images)
-        sums, totals, row_losses = _accumulate(model, step_fn, batch.rows, device)
-        num_images, num_tokens, num_skipped = (int(total) for total in totals)
-        progress |= {
-            "cursor": plan.cursor(done),
-            "skipped": progress["skipped"] + num_skipped,
-        }
+        ledger.append(train_step(model, optimizer, recipe, batch, optim.clip_norm, device, leaves))
+        if ema is not None:
+            ema.update(model)
         _report_unreadable(batch.rows, board)
-        _check_unreadable(progress["skipped"], plan, done, batch.rows)
-        grad_norm = _scale_and_clip(model, world_size / max(1, num_images), optim.clip_norm)
-        if not math.isfinite(grad_norm):
-            raise FloatingPointError(
-                f"step {step}: the gradient's norm is {grad_norm}; the optimizer has not moved. "
-                f"{_describe_suspects(batch.rows, row_losses)}"
-            )
-        optimizer.step()
-        optimizer.zero_grad()
+        if rank == 0:
+            board.update.remote(done, status)
+        if not settles:
+            continue
 
-        meter.add(num_images, num_tokens, len(batch.rows))
-        last = done == plan.num_steps
-        metrics = {name: value / max(1, num_images) for name, value in sums.items()}
-        logs = last or done % run.log_every == 0
-        evaluates = evaluate is not None and (last or done % run.evaluate_every == 0)
+        settled = _settle(ledger)
+        ledger.clear()
+        totals = {name: sum(s.totals[name] for s in settled) for name in _TOTALS}
+        progress["cursor"] = plan.cursor(done)
+        progress["skipped"] += int(totals["skipped"])
+        progress["store_retries"] += int(totals["store_retries"])
+        _check_unreadable(progress["skipped"], plan, done, batch.rows)
+        meter.add(
+            totals["images"], totals["tokens"], totals["flops"], sum(s.num_passes for s in settled)
+        )
+        metrics = dict(settled[-1].losses)
+        status = f"loss {metrics['loss']:.4f}"
         images: dict[str, NDArray[np.uint8]] = {}
         if logs:
-            metrics |= meter.flush() | {
-                "grad_norm": grad_norm,
+            metrics |= meter.flush() | process_metrics(device)
+            metrics |= {
+                "grad_norm": settled[-1].grad_norm,
                 "lr": optimizer.param_groups[0]["lr"],
                 **{
                     f"epoch_{name}" if name else "epoch": used
                     for name, used in plan.corpus.epochs(plan.images_before(done)).items()
                 },
                 "skipped_samples": float(progress["skipped"]),
+                "store_retries": float(progress["store_retries"]),
             }
-        if evaluates:
-            evaluation = evaluate(model, device)
+            if rank == 0:
+                metrics["object_store_gb"] = _object_store_bytes() / 1e9
+        if recipe.evaluate is not None and evaluates:
+            with ema.applied_to(model) if ema is not None else nullcontext():
+                evaluation = recipe.evaluate(model, device)
             metrics |= evaluation.metrics
             images = evaluation.images
-            meter.restart()
-        if tracker and (logs or evaluates) and done > logged:
-            for name, image in images.items():
-                tracker.log_image(image, name, done)
-            # One call for all of a step's metrics: a kill leaves all or none of them.
-            tracker.log_metrics(metrics, done)
-        if done % run.checkpoint_every == 0 or last:
-            _save_checkpoint(state, progress, metrics, done)
-            meter.restart()
+        if tracker:
+            for earlier in settled[:-1]:
+                if earlier.step + 1 > logged:
+                    tracker.log_metrics(earlier.losses, earlier.step + 1)
+            if done > logged:
+                for name, image in images.items():
+                    tracker.log_image(image, name, done)
+                # One call for all of a step's metrics: a kill leaves all or none of them.
+                tracker.log_metrics(metrics, done)
+        # A node that is about to go: save at once, and train on until Ray Train restarts the group.
+        leaves = totals["leaves"] > 0
+        warned = ray.train.get_preemption_info() is not None
+        if saves or leaves or (warned and not preempted):
+            if tracker:  # what comes before a checkpoint is never computed again
+                tracker.flush()
+            checkpoints.save(progress, metrics, done, wait=last or leaves or warned)
+        preempted = warned
+        meter.restart()
         if rank == 0:
-            board.update.remote(done, f"loss {metrics['loss']:.4f}")
+            board.update.remote(done, status)
+        if leaves:
+            return
 
 
-class Meter:
-    """Rates between two log steps. Waiting for data counts, evaluation and checkpoints do not.
+# What all workers together did in a step, in the order in which it is summed.
+_TOTALS = ("images", "tokens", "flops", "skipped", "store_retries", "leaves")
 
-    Args:
-        tokens_per_pass: tokens, with padding, of one forward pass on all workers.
+
+@dataclass(frozen=True)
+class _Outcome:
+    """What came of a step, still on the device.
+
+    Attributes:
+        values: float64 [1 + len(_TOTALS) + len(names)]: gradient norm, totals, sums of the losses.
+        names: of the losses.
+        row_losses, row_keys: of this worker's rows.
     """
 
-    def __init__(self, tokens_per_pass: int) -> None:
-        self._tokens_per_pass = tokens_per_pass
-        self._images = self._tokens = self._capacity = 0
-        self._elapsed_s = self._waited_s = 0.0
-        self._mark = time.perf_counter()
+    step: int
+    values: Tensor
+    names: tuple[str, ...]
+    row_losses: list[Tensor]
+    row_keys: list[list[str]]
 
-    def restart(self) -> None:
-        """Leave out the time since the last step."""
-        self._mark = time.perf_counter()
 
-    def waited(self, seconds: float) -> None:
-        """Count time in which this worker had no data."""
-        self._waited_s += seconds
+@dataclass(frozen=True)
+class _Settled:
+    """What came of a step, over all workers. Losses are means over its images."""
 
-    def add(self, num_images: int, num_tokens: int, num_passes: int) -> None:
-        """Count one global step, ending now."""
-        now = time.perf_counter()
-        self._elapsed_s += now - self._mark
-        self._mark = now
-        self._images += num_images
-        self._tokens += num_tokens
-        self._capacity += num_passes * self._tokens_per_pass
+    step: int
+    grad_norm: float
+    totals: dict[str, float]
+    losses: dict[str, float]
+    num_passes: int
 
-    def flush(self) -> dict[str, float]:
-        """Return the rates since the last flush, and start anew."""
-        seconds = max(self._elapsed_s, 1e-9)
-        rates = {
-            "images_per_s": self._images / seconds,
-            "tokens_per_s": self._tokens / seconds,
-            "token_utilisation": self._tokens / max(1, self._capacity),
-            "data_wait": min(1.0, self._waited_s / seconds),
-        }
-        self._images = self._tokens = self._capacity = 0
-        self._elapsed_s = self._waited_s = 0.0
-        return rates
+
+def train_step(
+    model: nn.Module,
+    optimizer: Optimizers,
+    recipe: Recipe,
+    batch: ingest.StepRows,
+    clip_norm: float,
+    device: torch.device,
+    leaves: bool,
+) -> _Outcome:
+    """Run forward and backward over this worker's rows, and move the weights; waits for nothing."""
+    rows = _copied_to(batch.rows, device)
+    row_losses: list[Tensor] = []
+    sums: dict[str, Tensor] = {}
+    for index, row in enumerate(rows):
+        # Gradients are reduced once a step, with the last row's backward pass.
+        model.set_requires_gradient_sync(index == len(rows) - 1)  # type: ignore[operator]
+        terms = recipe.step(model, row, device)
+        terms["loss"].backward()
+        row_losses.append(terms["loss"].detach())
+        for name, value in terms.items():
+            sums[name] = sums.get(name, 0.0) + value.detach().double()
+    mine = [
+        float(sum(len(row.keys) for row in rows)),
+        float(sum(row.num_tokens for row in rows)),
+        sum(recipe.flops(row) for row in rows),
+        float(sum(len(row.skipped) for row in rows)),
+        float(sum(batch.retries.values())),
+        float(leaves),
+    ]
+    totals = torch.tensor(mine, dtype=torch.float64).to(device, non_blocking=True)
+    summed = torch.cat([totals, torch.stack(list(sums.values()))])
+    dist.all_reduce(summed)
+    num_images = summed[_TOTALS.index("images")].clamp(min=1)
+    norm = _scale_and_clip(model, dist.get_world_size() / num_images, clip_norm)
+    optimizer.step(skip=~torch.isfinite(norm))
+    optimizer.zero_grad()
+    return _Outcome(
+        step=batch.step,
+        values=torch.cat([norm.double()[None], summed]),
+        names=tuple(sums),
+        row_losses=row_losses,
+        row_keys=[row.keys for row in rows],
+    )
+
+
+def _copied_to(rows: list[ingest.PackedRow], device: torch.device) -> list[ingest.PackedRow]:
+    """Return rows with their pixels on the device, copied while it computes what came before."""
+    if device.type != "cuda":
+        return rows
+    stream, current = _copy_stream(device), torch.cuda.current_stream(device)
+    copied = []
+    for row in rows:
+        with torch.cuda.stream(stream):
+            patches = torch.as_tensor(row.patches).pin_memory().to(device, non_blocking=True)
+        patches.record_stream(current)
+        copied.append(replace(row, patches=patches))
+    current.wait_stream(stream)
+    return copied
+
+
+@cache
+def _copy_stream(device: torch.device) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device)
+
+
+def _scale_and_clip(model: nn.Module, scale: Tensor, clip_norm: float) -> Tensor:
+    """Scale the gradients, clip their global norm, and return that norm from before the clip."""
+    gradients = [p.grad for p in model.parameters() if p.grad is not None]
+    norm = torch.nn.utils.get_total_norm(gradients)
+    norm = (norm.full_tensor() if isinstance(norm, DTensor) else norm) * scale
+    factor = scale * (clip_norm / norm.clamp(min=1e-12)).clamp(max=1.0)
+    torch._foreach_mul_(gradients, factor.to(gradients[0].dtype))
+    return norm
+
+
+def _settle(ledger: list[_Outcome]) -> list[_Settled]:
+    """Wait for the steps of the ledger, and return what came of them.
+
+    Raises:
+        FloatingPointError: a gradient was not finite.
+    """
+    settled = []
+    rows = torch.stack([outcome.values for outcome in ledger]).tolist()
+    for outcome, (grad_norm, *values) in zip(ledger, rows, strict=True):
+        if not math.isfinite(grad_norm):
+            raise FloatingPointError(
+                f"step {outcome.step}: the gradient's norm is {grad_norm}; the optimizer has not "
+                f"moved. {_describe_suspects(outcome)}"
+            )
+        summed = dict(zip(_TOTALS + outcome.names, values, strict=True))
+        num_images = max(1.0, summed["images"])
+        losses = {name: summed[name] / num_images for name in outcome.names}
+        settled.append(_Settled(outcome.step, grad_norm, summed, losses, len(outcome.row_losses)))
+    return settled
+
+
+def _describe_suspects(outcome: _Outcome) -> str:
+    """Name the samples of the rows, on all ranks, whose loss is not finite."""
+    mine = [
+        key
+        for keys, loss in zip(outcome.row_keys, outcome.row_losses, strict=True)
+        if not math.isfinite(loss.item())
+        for key in keys
+    ]
+    gathered: list[list[str]] = [[] for _ in range(dist.get_world_size())]
+    dist.all_gather_object(gathered, mine)
+    suspects = [key for keys in gathered for key in keys]
+    if not suspects:
+        return "Every row's loss is finite; lower the learning rate"
+    return f"Rows with a loss that is not finite hold {', '.join(suspects[:50])}"
 
 
 def _steps(first_step: int) -> Iterator[ingest.StepRows]:
@@ -219,59 +372,6 @@ def _timed(steps: Iterator[ingest.StepRows], meter: Meter) -> Iterator[ingest.St
             meter.waited(time.perf_counter() - start)
         yield step
         start = time.perf_counter()
-
-
-def _accumulate(
-    model: nn.Module, step_fn: StepFn, rows: list[ingest.PackedRow], device: torch.device
-) -> tuple[dict[str, float], list[float], list[Tensor]]:
-    """Run forward and backward over this worker's rows.
-
-    Returns:
-        loss sums by name, and [images, tokens, skipped samples], all over all workers; and the
-        loss of each row of this worker.
-    """
-    row_losses: list[Tensor] = []
-    sums: dict[str, Tensor] = {}
-    counts = torch.zeros(3, dtype=torch.float64, device=device)
-    for index, row in enumerate(rows):
-        # Gradients are reduced once a step, with the last row's backward pass.
-        model.set_requires_gradient_sync(index == len(rows) - 1)  # type: ignore[operator]
-        terms = step_fn(model, row, device)
-        terms["loss"].backward()
-        row_losses.append(terms["loss"].detach())
-        for name, value in terms.items():
-            sums[name] = sums.get(name, 0.0) + value.detach().double()
-        counts += torch.tensor([len(row.keys), row.num_tokens, len(row.skipped)], device=device)
-    packed = torch.cat([counts, torch.stack(list(sums.values()))])
-    dist.all_reduce(packed)
-    values = packed.tolist()
-    return dict(zip(sums, values[3:], strict=True)), values[:3], row_losses
-
-
-def _describe_suspects(rows: list[ingest.PackedRow], row_losses: list[Tensor]) -> str:
-    """Name the samples of the rows, on all ranks, whose loss is not finite."""
-    mine = [
-        key
-        for row, loss in zip(rows, row_losses, strict=True)
-        if not math.isfinite(loss.item())
-        for key in row.keys
-    ]
-    gathered: list[list[str]] = [[] for _ in range(dist.get_world_size())]
-    dist.all_gather_object(gathered, mine)
-    suspects = [key for keys in gathered for key in keys]
-    if not suspects:
-        return "Every row's loss is finite; lower the learning rate"
-    return f"Rows with a loss that is not finite hold {', '.join(suspects[:50])}"
-
-
-def _scale_and_clip(model: nn.Module, scale: float, clip_norm: float) -> float:
-    """Scale the gradients, clip their global norm, and return that norm from before the clip."""
-    gradients = [p.grad for p in model.parameters() if p.grad is not None]
-    norm = torch.nn.utils.get_total_norm(gradients)
-    norm_value = float(norm.full_tensor() if isinstance(norm, DTensor) else norm) * scale
-    if math.isfinite(norm_value):
-        torch._foreach_mul_(gradients, scale * min(1.0, clip_norm / max(norm_value, 1e-12)))
-    return norm_value
 
 
 def _report_unreadable(rows: list[ingest.PackedRow], board: Any) -> None:
@@ -294,14 +394,57 @@ def _check_unreadable(
         )
 
 
-def _save_checkpoint(
-    state: TrainState, progress: dict[str, Any], metrics: dict[str, float], done: int
-) -> None:
-    with tempfile.TemporaryDirectory() as folder:
-        state.save(Path(folder), progress)
-        # Every rank uploads its own shards; Ray Train joins them, and commits once all are there.
+def _peak_of_all(device: torch.device) -> float:
+    """Return the peak of all workers' devices together, measured at the same time if measured."""
+    dist.barrier()
+    peak = torch.tensor(peak_flops(device).flops_per_s, dtype=torch.float64, device=device)
+    dist.all_reduce(peak)
+    return peak.item()
+
+
+def _object_store_bytes() -> float:
+    """Return the bytes in use in the object stores of all nodes."""
+    name = "object_store_memory"
+    return ray.cluster_resources().get(name, 0.0) - ray.available_resources().get(name, 0.0)
+
+
+class _Checkpoints:
+    """Writes checkpoints while the training goes on, one at a time."""
+
+    def __init__(self, state: TrainState, story: dict[str, Any]) -> None:
+        self._state = state
+        self._story = story
+        self._is_idle = threading.Event()
+        self._is_idle.set()
+
+    def save(
+        self, progress: dict[str, Any], metrics: dict[str, float], done: int, *, wait: bool
+    ) -> None:
+        """Copy the state, write it and report it to Ray Train; called by every rank.
+
+        Args:
+            wait: until it is in the run's storage.
+        """
+        self._is_idle.wait()
+        self._is_idle.clear()
+        folder = tempfile.mkdtemp(prefix="vitok-checkpoint-")
+        saving = self._state.save(Path(folder), progress | self._story)
+        storage = ray.train.get_context().get_storage()
+
+        def upload(checkpoint: ray.train.Checkpoint, name: str) -> ray.train.Checkpoint:
+            try:
+                saving.result()
+                # Every rank uploads its own shards, and the checkpoint counts once all are there.
+                return storage.persist_current_checkpoint(checkpoint, name)
+            finally:
+                self._is_idle.set()
+
+        modes = ray.train.CheckpointUploadMode
         ray.train.report(
             metrics | progress,
             checkpoint=ray.train.Checkpoint.from_directory(folder),
             checkpoint_dir_name=f"step-{done:08d}",
+            checkpoint_upload_mode=modes.SYNC if wait else modes.ASYNC,
+            delete_local_checkpoint_after_upload=True,
+            checkpoint_upload_fn=upload,
         )

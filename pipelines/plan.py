@@ -230,7 +230,11 @@ class Plan:
             return (num_rows * self.data.row_tokens - packed) + (fmean(tokens) - packed)
 
         # Room for the largest step would be padding in all others, so that some shrink a little.
-        fewest = max(1, floor(fmean(tokens) / self.data.row_tokens))
+        # Below the first of these the images would not fit at one token each.
+        fewest = max(
+            ceil(stage.images_per_step / self.data.row_tokens),
+            floor(fmean(tokens) / self.data.row_tokens),
+        )
         most = ceil(max(tokens) / self.data.row_tokens) + _SPARE_ROWS
         return shape(min(range(fewest, most + 1), key=waste))
 

@@ -21,6 +21,15 @@ class ProgressBoard:
         self._done = done
         self._status = status
         self._messages: list[str] = []
+        self._is_leaving = False
+
+    def leave(self) -> None:
+        """Ask the work to stop at the next point from which it can go on."""
+        self._is_leaving = True
+
+    def is_leaving(self) -> bool:
+        """Whether the work was asked to stop."""
+        return self._is_leaving
 
     def update(self, done: int, status: str) -> None:
         """Say how much is done, in the units of the bar, and what there is to say about it."""

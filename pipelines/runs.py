@@ -20,7 +20,9 @@ class RunConfig:
     Attributes:
         name: the same name continues the same run.
         storage: folder or `s3://` prefix that holds runs.
-        num_workers: training processes, one for each GPU.
+        num_workers: training processes, one for each GPU; the most of them if min_workers is set.
+        min_workers: go on with as few where nodes are lost, and take new ones in as they come; the
+            global batch stays what it is. 0 always waits for all num_workers.
         cpus_per_worker: CPU cores that Ray sets aside for each of them.
         use_gpu: train on GPUs.
         compute_dtype: of matrix products; master weights and reductions are float32.
@@ -29,13 +31,18 @@ class RunConfig:
         evaluate_every: steps between two evaluations; the last step has one too.
         checkpoint_every: steps between two checkpoints; the last step has one too.
         keep_checkpoints: older ones are deleted.
-        max_failures: worker failures after which the run gives up.
+        max_failures: worker failures after which the run gives up; nodes that are taken away with
+            notice are not counted.
+        mfu: log the share of the devices' peak that is reached. On CPUs the peak is measured, which
+            takes 2 s at every start.
+        accept_changes: continue a run although its config has changed.
         tracking: the MLflow run.
     """
 
     name: str
     storage: str = "runs"
     num_workers: int = 8
+    min_workers: int = 0
     cpus_per_worker: float = 8.0
     use_gpu: bool = True
     compute_dtype: str = "bfloat16"
@@ -45,6 +52,8 @@ class RunConfig:
     checkpoint_every: int = 1000
     keep_checkpoints: int = 3
     max_failures: int = 3
+    mfu: bool = True
+    accept_changes: bool = False
     tracking: TrackingConfig = TrackingConfig()
 
     def __post_init__(self) -> None:
@@ -52,6 +61,11 @@ class RunConfig:
             raise ValueError(f"name={self.name!r} must be a plain name: it becomes a folder")
         if self.num_workers < 1:
             raise ValueError(f"num_workers={self.num_workers} must be at least 1")
+        if not 0 <= self.min_workers <= self.num_workers:
+            raise ValueError(
+                f"min_workers={self.min_workers} must be from 1 to num_workers="
+                f"{self.num_workers}, or 0 for a fixed number"
+            )
         if self.keep_checkpoints < 1:
             raise ValueError(f"keep_checkpoints={self.keep_checkpoints} must be at least 1")
         if min(self.log_every, self.evaluate_every, self.checkpoint_every) < 1:
@@ -82,11 +96,14 @@ def claim_folder(settings: Any) -> None:
     differences = [
         line for line in describe_difference(before, settings) if not line.startswith("run.")
     ]
-    if differences:
+    if differences and not settings.run.accept_changes:
         raise ValueError(
             f"the run {settings.run.name!r} in {folder.uri} has another config "
-            f"({'; '.join(differences)}); choose another run.name, or undo the change to go on"
+            f"({'; '.join(differences)}); choose another run.name, undo the change, or set "
+            "run.accept_changes to go on with it"
         )
+    if differences:
+        folder.write_text(CONFIG_FILE, json.dumps(to_dict(settings), indent=2) + "\n")
 
 
 def latest_checkpoint(folder: Folder) -> tuple[Folder, dict[str, Any]] | None:

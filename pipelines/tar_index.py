@@ -18,7 +18,8 @@ from pipelines.decode import UnreadableImage, image_size
 from pipelines.shards import open_shard
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "tif", "tiff", "gif", "bmp", "avif")
-MAX_IMAGE_BYTES = 256 * 2**20
+# A JPEG of 50 megapixels takes 20 to 40 MB.
+MAX_IMAGE_BYTES = 64 * 2**20
 
 _MAX_CLS_BYTES = 32
 # The biggest tar header believed. tarfile reads long names and PAX records into memory whole,

@@ -8,13 +8,12 @@ from typing import Any, Literal
 
 import ray.train
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from pipelines.corpus import Manifest
 from pipelines.ingest import PackedRow, load_step
-from pipelines.launch import launch
-from pipelines.loop import Evaluation, fit
+from pipelines.launch import launch, recorded
+from pipelines.loop import Evaluation, Recipe, fit
 from pipelines.mixture import Corpus
 from pipelines.plan import DataConfig, Plan, Stage
 from pipelines.reconstruction import (
@@ -23,10 +22,11 @@ from pipelines.reconstruction import (
     evaluation_rows,
     summarize,
 )
-from pipelines.runs import CONFIG_FILE, RunConfig, claim_folder, latest_checkpoint
-from pipelines.tracking import Tracker, open_run
+from pipelines.runs import CONFIG_FILE, RunConfig, claim_folder, latest_checkpoint, next_step
+from pipelines.tracking import open_run
 from vitok.autoencoder import Autoencoder
-from vitok.config import config, parse_json
+from vitok.config import config, flatten, parse_json, to_dict
+from vitok.flops import training_flops
 from vitok.initialize import start_at_random, start_from_pca
 from vitok.losses import LossConfig, ReconstructionLoss
 from vitok.optim import OptimConfig
@@ -97,6 +97,14 @@ def run_training(settings: AutoencoderTraining) -> Folder:
         if run.tracking.upload_weights:
             with tempfile.TemporaryDirectory() as scratch:
                 tracker.log_files(export.download(Path(scratch)), "weights")
+        if run.tracking.registered_model:
+            tracker.register_model(
+                run.tracking.registered_model,
+                f"runs:/{tracker.run_id}/weights",
+                step=next_step(run.folder),
+                tags={name: str(value) for name, value in flatten(settings.model).items()},
+                description=f"exported from {run.folder.uri}",
+            )
     return export
 
 
@@ -288,17 +296,23 @@ def _worker(given: dict[str, Any]) -> None:
 
     with torch.device("meta"):
         model = Autoencoder(settings.model)
-    fit(
-        model,
-        step,
+    recipe = Recipe(
+        step=step,
+        flops=lambda row: training_flops(settings.model, row.image_tokens),
         initialize=lambda model: initialize(model, settings, plan),
-        plan=plan,
-        optim=settings.optim,
-        run=settings.run,
-        tracker=Tracker(**given["tracking"]) if dist.get_rank() == 0 else None,
-        board=given["board"],
         evaluate=evaluate if held_out else None,
+        story={"config": to_dict(settings), "mlflow_run_id": given["tracking"]["run_id"]},
     )
+    with recorded(given) as tracker:
+        fit(
+            model,
+            recipe,
+            plan=plan,
+            optim=settings.optim,
+            run=settings.run,
+            tracker=tracker,
+            board=given["board"],
+        )
 
 
 def _sample_patches(plan: Plan) -> Tensor:

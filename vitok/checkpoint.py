@@ -3,10 +3,11 @@
 import json
 import warnings
 from collections.abc import Collection
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
-import torch
+import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import nn
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
@@ -14,29 +15,49 @@ from torch.distributed.checkpoint.state_dict import (
     get_state_dict,
     set_state_dict,
 )
+from torch.distributed.checkpoint.state_dict_saver import AsyncSaveResponse
+
+from vitok.ema import Ema
+from vitok.optim import Optimizers
 
 PROGRESS_FILE = "progress.json"
 _METADATA_FILE = ".metadata"  # torch.distributed.checkpoint writes it last
-_MODEL = "model."
+_MODEL, _AVERAGE = "model.", "ema.average."
 
 
 class TrainState:
-    """Model and optimizer of one rank: what `dcp` saves, and reshards when the ranks change."""
+    """Model, optimizer and average of one rank: what `dcp` saves, and reshards as ranks change.
 
-    def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    Made by all ranks together: writing in the background talks over a process group of its own.
+    """
+
+    def __init__(self, model: nn.Module, optimizer: Optimizers, ema: Ema | None = None) -> None:
         self.model = model
         self.optimizer = optimizer
+        self.ema = ema
+        self._ranks = dist.new_group(backend="gloo")
 
-    def save(self, folder: Path, progress: dict[str, Any]) -> None:
-        """Write this rank's shards, and on rank 0 where the run stands; called by every rank.
+    def save(self, folder: Path, progress: dict[str, Any]) -> "Future[Any]":
+        """Copy this rank's shards to host memory, and write them in the background.
+
+        Called by every rank. The training may go on when this returns; one save must be finished
+        before the next one begins.
 
         Args:
             folder: every rank may give a folder of its own; together they are the checkpoint.
-            progress: JSON types, under 1 KB: step, cursor and the like.
+            progress: JSON types; written by rank 0: step, cursor, config and the like.
+
+        Returns:
+            what is done, or has failed, when the shards are written.
         """
-        dcp.save(self._state(), storage_writer=dcp.FileSystemWriter(folder))
-        if torch.distributed.get_rank() == 0:
-            (folder / PROGRESS_FILE).write_text(json.dumps(progress))
+        if dist.get_rank() == 0:
+            (folder / PROGRESS_FILE).write_text(json.dumps(progress, indent=2))
+        saving = dcp.async_save(
+            self._state(),
+            storage_writer=dcp.FileSystemWriter(folder),
+            process_group=self._ranks,
+        )
+        return saving.upload_completion if isinstance(saving, AsyncSaveResponse) else saving
 
     def load(self, folder: Path) -> dict[str, Any]:
         """Read a checkpoint into model and optimizer, whatever number of ranks wrote it.
@@ -49,6 +70,8 @@ class TrainState:
         """
         state = self._state()
         _check_shapes(folder, state["model"])
+        if not _stored_shapes(folder, _AVERAGE):
+            state.pop("ema", None)
         dcp.load(state, storage_reader=dcp.FileSystemReader(folder))
         set_state_dict(
             self.model,
@@ -56,11 +79,19 @@ class TrainState:
             model_state_dict=state["model"],
             optim_state_dict=state["optimizer"],
         )
+        if self.ema is not None:
+            if "ema" in state:
+                self.ema.load_state_dict(state["ema"])
+            else:
+                self.ema.begin(self.model)
         return json.loads((folder / PROGRESS_FILE).read_text())
 
     def _state(self) -> dict[str, Any]:
         model, optimizer = get_state_dict(self.model, self.optimizer)
-        return {"model": model, "optimizer": optimizer}
+        state: dict[str, Any] = {"model": model, "optimizer": optimizer}
+        if self.ema is not None:
+            state["ema"] = self.ema.state_dict()
+        return state
 
 
 def is_checkpoint(names: Collection[str]) -> bool:
@@ -70,22 +101,34 @@ def is_checkpoint(names: Collection[str]) -> bool:
 
 def weight_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
     """Return the shapes of the model's parameters in a checkpoint, by name."""
+    return _stored_shapes(folder, _MODEL)
+
+
+def _stored_shapes(folder: Path, prefix: str) -> dict[str, tuple[int, ...]]:
     metadata = dcp.FileSystemReader(folder).read_metadata().state_dict_metadata
     return {
-        name.removeprefix(_MODEL): tuple(stored.size)
+        name.removeprefix(prefix): tuple(stored.size)
         for name, stored in metadata.items()
-        if name.startswith(_MODEL) and isinstance(stored, TensorStorageMetadata)
+        if name.startswith(prefix) and isinstance(stored, TensorStorageMetadata)
     }
 
 
-def load_weights(model: nn.Module, folder: Path) -> None:
+def load_weights(model: nn.Module, folder: Path, *, average: bool = False) -> None:
     """Read the weights alone of a checkpoint into an unsharded model, in one process.
+
+    Args:
+        average: take the moving average of the weights where the checkpoint has it.
 
     Raises:
         ValueError: the checkpoint is of another architecture.
     """
-    state = {"model": model.state_dict()}
-    _check_shapes(folder, state["model"])
+    weights = model.state_dict()
+    _check_shapes(folder, weights)
+    averaged = _stored_shapes(folder, _AVERAGE) if average else {}
+    state: dict[str, Any] = {
+        "model": {name: x for name, x in weights.items() if name not in averaged},
+        "ema": {"average": {name: x for name, x in weights.items() if name in averaged}},
+    }
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")
         dcp.load(state, storage_reader=dcp.FileSystemReader(folder), no_dist=True)

@@ -8,6 +8,7 @@ block around both. Parameters keep their names, and the model may be on the meta
 
 import importlib.util
 from collections.abc import Callable
+from itertools import pairwise
 
 import torch
 from torch import nn
@@ -175,9 +176,12 @@ def shard_model(model: nn.Module, mesh: DeviceMesh, compute_dtype: torch.dtype) 
         # The layers cast for themselves; the RoPE table among a block's arguments stays float32.
         cast_forward_inputs=False,
     )
-    for block in _blocks(model):
-        fully_shard(block, mesh=mesh, mp_policy=policy)
+    blocks = [fully_shard(block, mesh=mesh, mp_policy=policy) for block in _blocks(model)]
     fully_shard(model, mesh=mesh, mp_policy=policy)
+    # While a block computes, the weights of the next one are gathered; without being told, FSDP2
+    # does so in the backward pass alone.
+    for block, following in pairwise(blocks):
+        block.set_modules_to_forward_prefetch([following])
 
 
 def _blocks(model: nn.Module) -> list[Block]:

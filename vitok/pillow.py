@@ -6,7 +6,7 @@ from functools import cache
 import numpy as np
 from PIL import Image, ImageCms
 
-TRANSPARENT_BACKGROUND = (128, 128, 128, 255)
+TRANSPARENT_BACKGROUND = (128, 128, 128)
 
 ORIENTATION_TAG = 0x0112
 
@@ -48,21 +48,27 @@ def to_rgb_or_gray(image: Image.Image) -> Image.Image:
     """
     image.load()
     if image.mode == "I" or image.mode.startswith("I;16"):
-        samples = np.clip(np.asarray(image), 0, 65535).astype(np.int32)
+        samples = np.clip(np.asarray(image), 0, 65535).astype(np.int32, copy=False)
         samples += 128
         samples //= 257
         return Image.fromarray(samples.astype(np.uint8))
     if image.mode == "F":
-        intensity = np.nan_to_num(np.asarray(image), nan=0.0)
+        # In place: such an image takes four times the memory of what it becomes.
+        intensity = np.nan_to_num(np.array(image), copy=False, nan=0.0)
         white = 1.0 if intensity.max() <= 1.0 else 255.0
-        intensity = np.clip(intensity / white, 0.0, 1.0) * 255.0
-        return Image.fromarray((intensity + 0.5).astype(np.uint8))
+        intensity /= white
+        np.clip(intensity, 0.0, 1.0, out=intensity)
+        intensity *= 255.0
+        intensity += 0.5
+        return Image.fromarray(intensity.astype(np.uint8))
     if image.has_transparency_data:
         if image.mode == "La":  # premultiplied, which Pillow converts to no other mode
             image = image.convert("LA")
-        image = image.convert("RGBA")
-        background = Image.new("RGBA", image.size, TRANSPARENT_BACKGROUND)
-        return Image.alpha_composite(background, image).convert("RGB")
+        elif image.mode not in ("LA", "RGBA"):
+            image = image.convert("RGBA")
+        composed = Image.new("RGB", image.size, TRANSPARENT_BACKGROUND)
+        composed.paste(image, mask=image)
+        return composed
     if image.mode == "LAB":
         converted = ImageCms.applyTransform(image, _lab_to_srgb())
         assert converted is not None, "only a transform in place returns no image"

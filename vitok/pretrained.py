@@ -83,10 +83,12 @@ def load_checkpoint(
     *,
     part: Part | None = None,
     dtype: torch.dtype = torch.float32,
+    average: bool = True,
 ) -> Autoencoder:
     """Load the weights of a training checkpoint, as load_pretrained does.
 
     Args:
+        average: take the moving average of the weights where the training kept one.
         config: of the model; None for that of the run whose folder the checkpoint lies in or,
             without one, for what the shapes of the weights tell.
 
@@ -107,7 +109,7 @@ def load_checkpoint(
             raise ValueError(
                 f"{folder.uri} is a checkpoint of another architecture: {_listed(complaints)}"
             )
-        load_weights(model.to_empty(device="cpu"), local)
+        load_weights(model.to_empty(device="cpu"), local, average=average)
     return model.to(dtype).eval()
 
 

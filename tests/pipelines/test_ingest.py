@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 from pipelines import ingest
-from pipelines.corpus import build_manifest, write_shards
+from pipelines.corpus import SampleRecords, build_manifest, write_shards
 from pipelines.decode import decode_rgb
 from pipelines.mixture import Corpus, Source
 from pipelines.plan import DataConfig, Plan, Stage
@@ -150,3 +150,26 @@ def test_an_unreadable_sample_leaves_its_slot_out_and_is_named(tmp_path: Path) -
     assert sum(int((row.image_size[:, 0] > 0).sum()) for row in rows) == 5
     whole = replace(rows[0], keys=[])
     assert whole.num_tokens == rows[0].num_tokens
+
+
+@pytest.mark.parametrize("max_bytes", [1, 5000, 20_000])
+def test_rows_do_not_depend_on_how_many_images_are_read_at_a_time(
+    plan: Plan, max_bytes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = ingest.load_step(plan, 12)
+    parts: list[int] = []
+    read = Corpus.read
+
+    def reading(corpus: Corpus, records: SampleRecords) -> list[bytes]:
+        parts.append(int(records.length.sum()))
+        return read(corpus, records)
+
+    monkeypatch.setattr(ingest, "_MAX_ENCODED_BYTES", max_bytes)
+    monkeypatch.setattr(Corpus, "read", reading)
+    rows = ingest.load_step(plan, 12)
+    assert len(parts) > 1
+    largest = max(plan.step(12).records.length)
+    assert max(parts) < max_bytes + largest
+    for row, wanted in zip(rows, expected, strict=True):
+        assert row.keys == wanted.keys
+        assert np.array_equal(row.patches, wanted.patches)

@@ -397,3 +397,11 @@ def test_data_config_refuses(change: dict[str, float], sentence: str) -> None:
 def test_stage_refuses(change: dict[str, object], sentence: str) -> None:
     with pytest.raises(ValueError, match=sentence):
         replace(STAGE, **change)
+
+
+def test_images_of_a_token_or_two_have_room_for_all_of_them(manifest: Manifest) -> None:
+    """Fewer rows would waste less, but could not hold every image at one token each."""
+    stage = Stage(steps=2, images_per_step=40, token_budgets=(1, 1))
+    plan = make_plan(manifest, stage, data=replace(DATA, row_tokens=7))
+    assert plan.row_shapes[0].num_rows == 6
+    assert len(views_of(plan.step(0))) == 40

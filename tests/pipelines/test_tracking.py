@@ -1,17 +1,28 @@
 import json
 import logging
+import math
+import os
+import signal
 import socket
+import subprocess
+import sys
+import threading
+import time
+import urllib.request
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from mlflow.entities import Run
-from mlflow.exceptions import MlflowException
+from mlflow.exceptions import MlflowException, RestException
 from mlflow.tracking import MlflowClient
 from PIL import Image
 
-from pipelines.tracking import Tracker, TrackingConfig, open_run, tracking_uri
+from pipelines.spool import unsent
+from pipelines.tracking import Tracker, TrackingConfig, open_run, system_metrics, tracking_uri
 from vitok.config import config
 from vitok.storage import Folder
 
@@ -45,6 +56,38 @@ def use_run(storage: Path, name: str, metrics: dict[str, float], step: int) -> s
 
 def record_of(storage: Path, run_id: str) -> Run:
     return MlflowClient(tracking_uri(TrackingConfig(), str(storage))).get_run(run_id)
+
+
+def uri_of(storage: Path) -> str:
+    return tracking_uri(TrackingConfig(), str(storage))
+
+
+def points_of(storage: Path, run_id: str, metric: str) -> list[tuple[int, float]]:
+    """Return every recorded (step, value) of a metric, in the order of their times."""
+    points = MlflowClient(uri_of(storage)).get_metric_history(run_id, metric)
+    ordered = sorted(points, key=lambda point: (point.timestamp, point.step))
+    return [(point.step, point.value) for point in ordered]
+
+
+def images_of(storage: Path, run_id: str) -> list[str]:
+    """Return the originals that were logged, without MLflow's own thumbnails."""
+    files = MlflowClient(uri_of(storage)).list_artifacts(run_id, "images")
+    return [file.path for file in files if file.path.endswith(".png")]
+
+
+def failing(error: Exception) -> Callable[..., None]:
+    def fail(*_: object, **__: object) -> None:
+        raise error
+
+    return fail
+
+
+def run_killed(script: str, *arguments: str) -> None:
+    """Run Python code that kills its own process."""
+    command = [sys.executable, "-c", script, *arguments]
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert result.returncode == -signal.SIGKILL, result.stderr
 
 
 def test_folder_opened_twice_is_one_run(storage: Path) -> None:
@@ -100,9 +143,7 @@ def test_server_that_went_away_neither_fails_the_run_nor_hides_its_failure(
 ) -> None:
     folder = Folder.of(str(storage), f"left alone {failure}")
 
-    def away(*_: object, **__: object) -> None:
-        raise MlflowException("API request failed: connection refused")
-
+    away = failing(MlflowException("API request failed: connection refused"))
     outcome = pytest.raises(ValueError, match="the real reason") if failure else nullcontext()
     with (
         outcome,
@@ -141,6 +182,7 @@ def test_last_step_is_the_highest_that_was_recorded(storage: Path) -> None:
     assert tracker.last_step("other") == 7
     latest = tracker.latest_metrics()
     assert (latest["loss"], latest["other"]) == (0.5, 2.0)
+    tracker.close()
 
 
 def test_images_files_and_tags_are_recorded(storage: Path, tmp_path: Path) -> None:
@@ -155,6 +197,7 @@ def test_images_files_and_tags_are_recorded(storage: Path, tmp_path: Path) -> No
     tracker.log_files(tmp_path / "folder", "texts")
     tracker.log_files(tmp_path / "folder" / "one.txt", "single")
     tracker.set_tags({"export": "there"})
+    tracker.close()
 
     assert [file.path for file in client.list_artifacts(run_id, "texts")] == ["texts/one.txt"]
     assert [file.path for file in client.list_artifacts(run_id, "single")] == ["single/one.txt"]
@@ -167,31 +210,383 @@ def test_images_files_and_tags_are_recorded(storage: Path, tmp_path: Path) -> No
     assert record_of(storage, run_id).data.tags["export"] == "there"
 
 
-def test_server_that_is_away_costs_a_warning_and_no_exception(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, tmp_path: Path
-) -> None:
-    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
-    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "2")
+@pytest.fixture
+def away() -> str:
+    """Return the address of a server that refuses connections."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    tracker = Tracker(f"http://127.0.0.1:{port}", "0123456789abcdef")
+        return f"http://127.0.0.1:{probe.getsockname()[1]}"
+
+
+def test_server_that_is_away_is_asked_and_reported_once_in_a_back_off(
+    away: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, tmp_path: Path
+) -> None:
+    requests = []
+    get_run = MlflowClient.get_run
+
+    def counted(client: MlflowClient, run_id: str) -> Run:
+        requests.append(run_id)
+        return get_run(client, run_id)
+
+    monkeypatch.setattr(MlflowClient, "get_run", counted)
+    monkeypatch.setattr(MlflowClient, "log_artifact", None)  # would fail if it were called
+    tracker = Tracker(away, "0123", str(tmp_path / "spool"), back_off_s=1000)
     file = tmp_path / "file"
     file.write_text("x")
-    calls = [
-        lambda: tracker.log_metrics({"loss": 1.0}, step=1),
-        lambda: tracker.log_image(np.zeros((2, 2, 3), dtype=np.uint8), "sheet", step=1),
-        lambda: tracker.log_files(file, "files"),
-        lambda: tracker.set_tags({"a": "b"}),
-        lambda: tracker.last_step("loss"),
+    with caplog.at_level(logging.WARNING, logger="pipelines"):
+        assert tracker.last_step("loss") == -1
+        for step in range(1, 51):
+            tracker.log_metrics({"loss": 1 / step, "other": 2.0}, step)
+        tracker.log_image(np.zeros((2, 2, 3), dtype=np.uint8), "sheet", step=1)
+        tracker.log_files(file, "files")
+        tracker.set_tags({"a": "b"})
+        tracker.flush()
+        assert tracker.last_step("loss") == 50, "what waits counts"
+        assert tracker.last_step("unknown") == -1
+        assert tracker.latest_metrics() == {"loss": 1 / 50, "other": 2.0}
+        assert len(requests) == 1
+        (warning,) = [r for r in caplog.records if r.name.startswith("pipelines")]
+        assert f"MLflow at {away} could not be reached" in warning.getMessage()
+        tracker.close()
+    assert len(requests) == 2, "once more at the end"
+    assert "53 entries of MLflow run 0123 could not be sent" in caplog.records[-1].getMessage()
+
+
+def test_logging_does_not_wait_for_the_server(
+    storage: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    run_id = use_run(storage, "slow server", {}, step=0)
+    answers = threading.Event()
+    log_batch = MlflowClient.log_batch
+
+    def slow(*arguments: Any, **named: Any) -> None:
+        assert answers.wait(60)
+        log_batch(*arguments, **named)
+
+    monkeypatch.setattr(MlflowClient, "log_batch", slow)
+    tracker = Tracker(uri_of(storage), run_id, str(tmp_path))
+    for step in range(1, 1001):
+        tracker.log_metrics({"loss": float(step)}, step)
+    assert tracker.last_step("loss") == 1000
+    assert points_of(storage, run_id, "loss") == []
+    answers.set()
+    tracker.close()
+    assert points_of(storage, run_id, "loss") == [(step, float(step)) for step in range(1, 1001)]
+    assert list((tmp_path / run_id).iterdir()) == [], "nothing is left of what was sent"
+
+
+def test_artifact_store_that_is_away_holds_no_metric_back(
+    storage: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    run_id = use_run(storage, "no artifact store", {}, step=0)
+    picture = np.zeros((4, 6, 3), dtype=np.uint8)
+    with monkeypatch.context() as patched:
+        patched.setattr(MlflowClient, "log_image", failing(RuntimeError("no credentials")))
+        tracker = Tracker(uri_of(storage), run_id, str(tmp_path), back_off_s=1000)
+        tracker.log_image(picture, "sheet", step=1)
+        tracker.log_metrics({"loss": 1.0}, step=1)
+        tracker.flush()
+        assert points_of(storage, run_id, "loss") == [(1, 1.0)]
+    tracker.close()
+    assert len(images_of(storage, run_id)) == 1
+
+
+def test_refused_metric_is_the_only_one_that_is_missing(
+    storage: Path, caplog: pytest.LogCaptureFixture, tmp_path: Path
+) -> None:
+    run_id = use_run(storage, "refused", {}, step=0)
+    tracker = Tracker(uri_of(storage), run_id, str(tmp_path))
+    with caplog.at_level(logging.WARNING, logger="pipelines"):
+        for step in (1, 2):
+            tracker.log_metrics({"a": 1.0, "b?": 2.0, "c": math.nan, "d": 4.0}, step)
+        tracker.close()
+    for name in ("a", "d"):
+        assert [step for step, _ in points_of(storage, run_id, name)] == [1, 2]
+    assert all(math.isnan(value) for _, value in points_of(storage, run_id, "c"))
+    (warning,) = caplog.records
+    assert "MLflow refuses metric b?: Invalid" in warning.getMessage()
+
+
+def test_metric_is_written_once_at_a_step(storage: Path, tmp_path: Path) -> None:
+    run_id = use_run(storage, "once", {"loss": 5.0}, step=5)
+    tracker = Tracker(uri_of(storage), run_id, str(tmp_path))
+    for step in (5, 6, 6, 3, 7, 3, 5):
+        tracker.log_metrics({"loss": float(step), "other": float(step)}, step)
+    tracker.close()
+    assert sorted(points_of(storage, run_id, "loss")) == [(s, float(s)) for s in (3, 5, 6, 7)]
+    assert sorted(points_of(storage, run_id, "other")) == [(s, float(s)) for s in (3, 5, 6, 7)]
+
+
+def test_kill_between_a_write_and_its_acknowledgement_doubles_nothing(
+    storage: Path, tmp_path: Path
+) -> None:
+    run_id = use_run(storage, "killed", {}, step=0)
+    script = """
+import os, signal, sys
+import numpy as np
+from mlflow.tracking import MlflowClient
+from pipelines.tracking import Tracker
+
+def killed_after(write):
+    def write_and_die(*arguments, **named):
+        write(*arguments, **named)
+        os.kill(os.getpid(), signal.SIGKILL)
+    return write_and_die
+
+kind, *where = sys.argv[1:]
+setattr(MlflowClient, kind, killed_after(getattr(MlflowClient, kind)))
+tracker = Tracker(*where)
+if kind == "log_image":
+    tracker.log_image(np.zeros((4, 6, 3), dtype=np.uint8), "sheet", 1)
+for step in (1, 2, 3):
+    tracker.log_metrics({"loss": float(step), "other": 0.5}, step)
+tracker.close()
+"""
+    where = [uri_of(storage), run_id, str(tmp_path)]
+    run_killed(script, "log_batch", *where)
+    assert points_of(storage, run_id, "loss"), "it was written"
+    assert len(list(unsent(tmp_path / run_id))) == 3, "and not acknowledged"
+    tracker = Tracker(*where)
+    assert tracker.last_step("loss") == 3
+    tracker.log_metrics({"loss": 4.0}, 4)
+    tracker.close()
+    run_killed(script, "log_image", *where)
+    assert len(images_of(storage, run_id)) == 1
+    assert (tmp_path / run_id).iterdir()
+    Tracker(*where).close()
+    assert points_of(storage, run_id, "loss") == [(s, float(s)) for s in (1, 2, 3, 4)]
+    assert points_of(storage, run_id, "other") == [(s, 0.5) for s in (1, 2, 3)]
+    assert len(images_of(storage, run_id)) == 1
+    assert list((tmp_path / run_id).iterdir()) == []
+
+
+def test_disk_that_is_full_costs_a_warning_and_no_metric(
+    storage: Path, caplog: pytest.LogCaptureFixture, tmp_path: Path
+) -> None:
+    run_id = use_run(storage, "full", {}, step=0)
+    (tmp_path / "file").write_text("no folder")
+    tracker = Tracker(uri_of(storage), run_id, str(tmp_path / "file"))
+    with caplog.at_level(logging.WARNING, logger="pipelines"):
+        tracker.log_metrics({"loss": 1.0}, 1)
+        tracker.log_image(np.zeros((4, 6, 3), dtype=np.uint8), "sheet", 1)
+        tracker.close()
+    assert points_of(storage, run_id, "loss") == [(1, 1.0)]
+    assert [r.getMessage().partition(": ")[0] for r in caplog.records] == [
+        caplog.records[0].getMessage(),
+        "image sheet of step 1 is not recorded",
     ]
-    for number, call in enumerate(calls, start=1):
-        with caplog.at_level(logging.WARNING, logger="pipelines.tracking"):
-            result = call()
-        warnings = [r for r in caplog.records if r.name == "pipelines.tracking"]
-        assert len(warnings) == number
-        assert "MLflow could not be reached" in warnings[-1].getMessage()
-    assert result == -1, "last_step of a server that is away"
+    assert "metrics wait for MLflow in memory" in caplog.records[0].getMessage()
+
+
+def test_known_run_goes_on_while_its_server_is_away_and_a_new_one_is_refused(
+    away: str, tmp_path: Path
+) -> None:
+    tracking = TrackingConfig(uri=away)
+    folder = Folder.of(str(tmp_path), "known")
+    folder.write_text("mlflow.json", json.dumps({"uri": away, "run_id": "0123"}))
+    with open_run(folder, "known", tracking, str(tmp_path), Settings()) as tracker:
+        assert tracker.run_id == "0123"
+        tracker.log_metrics({"loss": 1.0}, 1)
+    kinds = [entry["kind"] for entry in unsent(Path(tracker.spool) / "0123")]
+    assert kinds == ["tags", "status", "metrics", "status"]
+    assert Path(tracker.spool).is_relative_to(folder.uri), "a restart finds it"
+
+    with (
+        pytest.raises(ConnectionError, match=r"run fresh is new and MLflow at .*; start the serv"),
+        open_run(Folder.of(str(tmp_path), "x"), "fresh", tracking, str(tmp_path), Settings()),
+    ):
+        pass
+    assert not (tmp_path / "x").exists()
+
+
+def test_model_is_registered_once_for_a_run_and_a_step(storage: Path, tmp_path: Path) -> None:
+    run_id = use_run(storage, "registered", {}, step=0)
+    (tmp_path / "encoder.safetensors").write_text("weights")
+    client = MlflowClient(uri_of(storage))
+    for step in (8, 8, 9):
+        tracker = Tracker(uri_of(storage), run_id, str(tmp_path / "spool"))
+        tracker.log_files(tmp_path / "encoder.safetensors", "weights")
+        tags = {"model.encoder_width": "32"}
+        tracker.register_model("vitok", f"runs:/{run_id}/weights", step, tags, "a tiny one")
+        tracker.close()
+    found = client.search_model_versions("name='vitok'")
+    versions = {int(version.version): version for version in found}
+    assert {number: v.tags["step"] for number, v in versions.items()} == {1: "8", 2: "9"}
+    assert versions[1].run_id == run_id
+    assert versions[1].tags["model.encoder_width"] == "32"
+    assert versions[1].description == "a tiny one"
+    local = client.download_artifacts(run_id, "weights", str(tmp_path))
+    assert (Path(local) / "encoder.safetensors").read_text() == "weights"
+
+
+def test_server_without_a_model_registry_costs_a_warning(
+    storage: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, tmp_path: Path
+) -> None:
+    run_id = use_run(storage, "no registry", {}, step=0)
+    error = RestException({"error_code": "ENDPOINT_NOT_FOUND", "message": "no registry here"})
+    monkeypatch.setattr(MlflowClient, "search_model_versions", failing(error))
+    tracker = Tracker(uri_of(storage), run_id, str(tmp_path))
+    with caplog.at_level(logging.WARNING, logger="pipelines"):
+        tracker.register_model("vitok", f"runs:/{run_id}/weights", 1, {})
+        tracker.close()
+    (warning,) = caplog.records
+    assert "no registry here" in warning.getMessage()
+    assert list((tmp_path / run_id).iterdir()) == [], "it is not tried again"
+
+
+def test_system_metrics_of_a_node_are_recorded_under_its_name(
+    storage: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    run_id = use_run(storage, "nodes", {}, step=0)
+    monkeypatch.setenv("MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL", "0.2")
+    name = "system/node-3/cpu_utilization_percentage"
+    for num_points in (2, 4):  # a restart goes on
+        deadline = time.monotonic() + 60
+        with system_metrics(uri_of(storage), run_id, "node-3", str(tmp_path)):
+            while len(points_of(storage, run_id, name)) < num_points:
+                assert time.monotonic() < deadline, "no system metrics in 60 s"
+                time.sleep(0.1)
+    steps = [step for step, _ in points_of(storage, run_id, name)]
+    assert steps == sorted(set(steps)), "once a step"
+    assert all(0 <= value <= 100 for _, value in points_of(storage, run_id, name))
+    names = record_of(storage, run_id).data.metrics
+    assert "system/node-3/system_memory_usage_megabytes" in names
+
+
+def test_system_metrics_that_fail_do_not_fail_the_training(
+    storage: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, tmp_path: Path
+) -> None:
+    run_id = use_run(storage, "no sensors", {}, step=0)
+    monkeypatch.setattr(
+        "mlflow.system_metrics.system_metrics_monitor.CPUMonitor", failing(OSError("no sensors"))
+    )
+    with (
+        caplog.at_level(logging.WARNING, logger="pipelines"),
+        system_metrics(uri_of(storage), run_id, "node-3", str(tmp_path)),
+    ):
+        pass
+    assert "no system metrics of node-3 from here on: no sensors" in caplog.text
+
+
+class Server:
+    """A real MLflow server on loopback that can be stopped and started again."""
+
+    def __init__(self, folder: Path) -> None:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            self._port = probe.getsockname()[1]
+        self._folder = folder
+        self._process: subprocess.Popen | None = None
+        self.uri = f"http://127.0.0.1:{self._port}"
+
+    def start(self) -> None:
+        command = [sys.executable, "-m", "mlflow", "server", "--workers", "1"]
+        command += ["--host", "127.0.0.1", "--port", str(self._port)]
+        command += ["--backend-store-uri", f"sqlite:///{self._folder}/mlflow.db"]
+        command += ["--artifacts-destination", str(self._folder / "artifacts")]
+        with (self._folder / "server.log").open("a") as log:
+            self._process = subprocess.Popen(
+                command,
+                env=os.environ | {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"},
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+            )
+        deadline = time.monotonic() + 120
+        while not self._is_healthy():
+            assert self._process.poll() is None, (self._folder / "server.log").read_text()
+            assert time.monotonic() < deadline, "the server does not answer in 120 s"
+            time.sleep(0.2)
+
+    def _is_healthy(self) -> bool:
+        try:
+            with urllib.request.urlopen(f"{self.uri}/health", timeout=5) as answer:
+                return bool(answer.status == 200)
+        except OSError:
+            return False
+
+    def stop(self) -> None:
+        """Kill it with its children, all in its process group, as a machine that dies does."""
+        if self._process is not None:
+            os.killpg(self._process.pid, signal.SIGKILL)
+            self._process.wait()
+            self._process = None
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    server = Server(tmp_path_factory.mktemp("server"))
+    server.start()
+    yield server
+    server.stop()
+
+
+def test_server_that_goes_away_and_comes_back_has_everything_once_and_in_order(
+    server: Server, tmp_path: Path
+) -> None:
+    folder = Folder.of(str(tmp_path), "outage")
+    tracking = TrackingConfig(uri=server.uri)
+    client = MlflowClient(server.uri)
+    (tmp_path / "report.txt").write_text("report")
+
+    def log(tracker: Tracker, *steps: int) -> None:
+        for step in steps:
+            tracker.log_image(np.full((4, 6, 3), step, dtype=np.uint8), "sheet", step)
+            tracker.log_metrics({"loss": float(step), "grad_norm": step / 2}, step)
+            tracker.set_tags({f"tag {step}": "set", "newest": str(step)})
+
+    with open_run(folder, "outage", tracking, str(tmp_path), Settings()) as tracker:
+        log(tracker, 1, 2, 3)
+        tracker.flush()
+        assert len(client.get_metric_history(tracker.run_id, "loss")) == 3
+
+    server.stop()
+    where = [server.uri, tracker.run_id, tracker.spool]
+    with open_run(folder, "outage", tracking, str(tmp_path), Settings()) as tracker:
+        log(tracker, 4, 5)
+        tracker.log_files(tmp_path / "report.txt", "reports")
+        source = f"runs:/{tracker.run_id}/reports"
+        tracker.register_model("outage", source, 5, {"width": "32"})
+    script = """
+import os, signal, sys
+import numpy as np
+from pipelines.tracking import Tracker
+tracker = Tracker(*sys.argv[1:])
+assert tracker.last_step("loss") == 5
+for step in (6, 7):
+    tracker.log_image(np.full((4, 6, 3), step, dtype=np.uint8), "sheet", step)
+    tracker.log_metrics({"loss": float(step), "grad_norm": step / 2}, step)
+    tracker.set_tags({f"tag {step}": "set", "newest": str(step)})
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+    run_killed(script, *where)
+    with open_run(folder, "outage", tracking, str(tmp_path), Settings()) as tracker:
+        assert tracker.last_step("loss") == 7, "while the server is away"
+        log(tracker, 8)
+        # A restart that could not ask the server trains on from a checkpoint before step 2.
+        log(tracker, 2, 3)
+        server.start()
+        log(tracker, 9)
+
+    points = client.get_metric_history(tracker.run_id, "loss")
+    assert sorted((p.step, p.value) for p in points) == [(s, float(s)) for s in range(1, 10)]
+    assert [p.step for p in sorted(points, key=lambda p: (p.timestamp, p.step))] == [*range(1, 10)]
+    others = client.get_metric_history(tracker.run_id, "grad_norm")
+    assert sorted((p.step, p.value) for p in others) == [(s, s / 2) for s in range(1, 10)]
+    images = [file.path for file in client.list_artifacts(tracker.run_id, "images")]
+    originals = sorted(path for path in images if path.endswith(".png"))
+    assert [path.split("+")[2] for path in originals] == [str(s) for s in range(1, 10)]
+    local = client.download_artifacts(tracker.run_id, originals[5], str(tmp_path))
+    assert np.asarray(Image.open(local)).max() == 6, "with its own pixels"
+    record = client.get_run(tracker.run_id)
+    assert {f"tag {s}" for s in range(1, 10)} <= set(record.data.tags)
+    assert record.data.tags["newest"] == "9"
+    assert record.info.status == "FINISHED"
+    reports = [file.path for file in client.list_artifacts(tracker.run_id, "reports")]
+    assert reports == ["reports/report.txt"]
+    (version,) = client.search_model_versions("name='outage'")
+    assert (version.source, version.tags) == (source, {"width": "32", "step": "5"})
+    assert list((Path(tracker.spool) / tracker.run_id).iterdir()) == []
 
 
 def test_runs_in_an_object_store_need_a_server(tmp_path: Path) -> None:

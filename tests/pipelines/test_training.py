@@ -18,7 +18,7 @@ from pipelines import train_autoencoder
 from pipelines.ingest import load_step
 from pipelines.plan import Stage
 from pipelines.runs import RunConfig, latest_checkpoint, next_step
-from pipelines.tracking import tracking_uri
+from pipelines.tracking import TrackingConfig, tracking_uri
 from pipelines.train_autoencoder import (
     AutoencoderTraining,
     export_weights,
@@ -175,7 +175,12 @@ def _check_order(notes: Path, settings: AutoencoderTraining) -> None:
 def test_finished_run_is_recorded_exported_and_not_trained_again(
     ray_cluster: None, tiny_training: AutoencoderTraining, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    tiny_training = replace(tiny_training, model=replace(tiny_training.model, latent="tanh"))
+    tracking = TrackingConfig(upload_weights=True, registered_model="tiny")
+    tiny_training = replace(
+        tiny_training,
+        model=replace(tiny_training.model, latent="tanh"),
+        run=replace(tiny_training.run, tracking=tracking),
+    )
     prepare(tiny_training)
     export = run_training(tiny_training)
     run = tiny_training.run
@@ -196,6 +201,9 @@ def test_finished_run_is_recorded_exported_and_not_trained_again(
     assert record.info.status == "FINISHED"
     assert record.data.params["model.encoder_width"] == "32"
     assert record.data.params["stages.1.token_budgets"] == "[36, 64]"
+    (version,) = client.search_model_versions("name='tiny'")
+    assert version.run_id == record.info.run_id
+    assert version.tags["latent"] == "tanh"
     images = client.list_artifacts(record.info.run_id, "images")
     assert any(image.path.endswith(".png") for image in images)
 
