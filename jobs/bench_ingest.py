@@ -4,6 +4,7 @@ import io
 import os
 import statistics
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -19,6 +20,7 @@ from jobs.sample_corpus import make_sample_corpus
 from pipelines import ingest
 from pipelines.corpus import Manifest, build_manifest
 from pipelines.decode import decode_rgb
+from pipelines.ingest import object_store_bytes
 from pipelines.mixture import Corpus
 from pipelines.plan import DataConfig, Plan, SampleView, Stage
 
@@ -160,6 +162,25 @@ def _one_process(plan: Plan, repeats: int) -> dict[str, float]:
     }
 
 
+@contextmanager
+def _watched_object_store() -> Iterator[list[float]]:
+    """Give the bytes in use in Ray's object store, a few times a second while it is open."""
+    found = [0.0]
+    stop = threading.Event()
+
+    def watch() -> None:
+        while not stop.wait(0.2):
+            found.append(object_store_bytes())
+
+    watcher = threading.Thread(target=watch, daemon=True)
+    watcher.start()
+    try:
+        yield found
+    finally:
+        stop.set()
+        watcher.join()
+
+
 def _pillow_decode(encoded: bytes) -> np.ndarray:
     return np.asarray(Image.open(io.BytesIO(encoded)).convert("RGB"))
 
@@ -188,8 +209,10 @@ def _through_ray(plan: Plan) -> dict[str, float]:
     with ray_session():
         warm_up = max(1, int(_WARM_UP * plan.num_steps))
         _, start_s = read(plan.num_steps - warm_up)  # starts the workers, which then stay
-        num_images, taken_s = read(0)
+        with _watched_object_store() as peak_bytes:
+            num_images, taken_s = read(0)
     return {
+        "object_store_peak_mb": max(peak_bytes) / 1e6,
         "ray_images_per_s": num_images / taken_s,
         "ray_warm_up_s": start_s,
         "ray_cores": os.cpu_count() or 1,

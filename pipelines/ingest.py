@@ -25,13 +25,15 @@ from vitok.patches import grid_size, normalize_patches
 
 # Small steps are read several at a time, so that a task is worth its start.
 _IMAGES_PER_TASK = 256
-# Ray's input blocks are made before the first task starts: there must not be millions of them.
+# One task plans so many groups of steps in turn, which is worth its start; where a training has
+# very many, each plans more: the input blocks of these tasks are all made before the first starts.
+_GROUPS_PER_PLANNING = 64
 _MAX_INPUT_BLOCKS = 1000
 # A task of many large photographs is read in parts, so that it stays small.
 _MAX_ENCODED_BYTES = 128 * 2**20
 # Rows wait in the object store for this many steps at most, where that is not too little to stream.
 _STEPS_AHEAD = 4
-_MIN_STORE_BYTES = 512 * 2**20
+_MIN_STORE_BYTES = 2**30
 
 
 @dataclasses.dataclass(frozen=True)
@@ -273,7 +275,8 @@ def training_dataset(plan: Plan, first_step: int, num_workers: int) -> Any:
     # Computed once here, it travels with the plan; otherwise every task would compute it again.
     assert plan.row_shapes
     groups = _step_groups(plan, first_step)
-    blocks = np.array_split(groups, min(len(groups), _MAX_INPUT_BLOCKS))
+    num_blocks = min(-(-len(groups) // _GROUPS_PER_PLANNING), _MAX_INPUT_BLOCKS)
+    blocks = np.array_split(groups, num_blocks)
 
     def plan_groups(batch: dict[str, NDArray[np.int64]]) -> Iterator[dict[str, NDArray[Any]]]:
         for start, stop in zip(batch["start"].tolist(), batch["stop"].tolist(), strict=True):
@@ -337,6 +340,14 @@ def execution_options(plan: Plan) -> Any:
         object_store_memory=max(_MIN_STORE_BYTES, _STEPS_AHEAD * step_bytes)
     )
     return options
+
+
+def object_store_bytes() -> float:
+    """Return the bytes in use in the object stores of all nodes of the connected cluster."""
+    import ray
+
+    name = "object_store_memory"
+    return ray.cluster_resources().get(name, 0.0) - ray.available_resources().get(name, 0.0)
 
 
 _counted_retries: dict[str, int] = {}

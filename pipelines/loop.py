@@ -182,7 +182,7 @@ def fit(
                 "store_retries": float(progress["store_retries"]),
             }
             if rank == 0:
-                metrics["object_store_gb"] = _object_store_bytes() / 1e9
+                metrics["object_store_gb"] = ingest.object_store_bytes() / 1e9
         if recipe.evaluate is not None and evaluates:
             with ema.applied_to(model) if ema is not None else nullcontext():
                 evaluation = recipe.evaluate(model, device)
@@ -400,12 +400,6 @@ def _peak_of_all(device: torch.device) -> float:
     peak = torch.tensor(peak_flops(device).flops_per_s, dtype=torch.float64, device=device)
     dist.all_reduce(peak)
     return peak.item()
-
-
-def _object_store_bytes() -> float:
-    """Return the bytes in use in the object stores of all nodes."""
-    name = "object_store_memory"
-    return ray.cluster_resources().get(name, 0.0) - ray.available_resources().get(name, 0.0)
 
 
 class _Checkpoints:

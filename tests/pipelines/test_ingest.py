@@ -79,12 +79,15 @@ def test_every_step_has_the_planned_keys_in_order_on_any_number_of_workers(
         assert any(expected)
 
 
-def test_small_tasks_come_out_of_large_input_blocks_in_order(
-    ray_cluster: None, plan: Plan, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("max_blocks", [3, 1000])
+def test_several_tasks_plan_in_order(
+    ray_cluster: None, plan: Plan, max_blocks: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(ingest, "_IMAGES_PER_TASK", 1)
-    monkeypatch.setattr(ingest, "_MAX_INPUT_BLOCKS", 3)
+    monkeypatch.setattr(ingest, "_GROUPS_PER_PLANNING", 4)
+    monkeypatch.setattr(ingest, "_MAX_INPUT_BLOCKS", max_blocks)
     (steps,) = consume(plan, 0, 1)
+    assert len(steps) == 15
     for step in steps:
         expected = [row.keys for row in ingest.load_step(plan, step.step)]
         assert [row.keys for row in step.rows] == expected
