@@ -1,9 +1,11 @@
 """Benchmarks: JSON on the last line of stdout."""
 
+import os
 import platform
 import statistics
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from json import dumps
 from typing import Any, Literal
 
@@ -202,10 +204,85 @@ def ingest(
     _finish("ingest", {name: round(figure, 4) for name, figure in figures.items()}, threads=1)
 
 
+def train(
+    model: str = "Bd4-B/16x64",
+    token_budget: int = 256,
+    row_tokens: int = 2048,
+    rows_per_step: int = 1,
+    ssim: float = 0.1,
+    dino_weights: str = "",
+    steps: int = 8,
+    compile: tuple[bool, ...] = (False, True),
+    checkpoint_every: int = 0,
+    float8: bool = False,
+    ray_steps: int = 16,
+    shards: tuple[str, ...] = (),
+    threads: int = os.cpu_count() or 1,
+    json: bool = False,
+) -> None:
+    """The training step of one worker on rows in memory, part by part, and through Ray.
+
+    Args:
+        model: a name, such as Ld4-L/16x64; random weights.
+        token_budget: most tokens of an image.
+        row_tokens: tokens of a packed row.
+        rows_per_step: rows that are accumulated in a step.
+        ssim: weight of the SSIM term; 0 leaves it out.
+        dino_weights: DINOv3 for the perceptual term, with the weight of the paper; none if empty.
+        steps: on rows in memory, two of which warm up.
+        compile: whether blocks are compiled; both ways are measured.
+        checkpoint_every: every n-th block recomputes its activations.
+        float8: compute the blocks in float8; needs compute capability 8.9.
+        ray_steps: steps through Ray, the faster way of the two; 0 leaves Ray out.
+        shards: as for the benchmark ingest.
+        threads: CPU threads.
+        json: print the JSON alone.
+    """
+    from jobs.bench_train import StepFigures, measure_training
+    from vitok.losses import LossConfig
+    from vitok.parallel import ParallelConfig
+
+    torch.set_num_threads(threads)
+
+    def show(name: str, figures: StepFigures, peak: float) -> None:
+        if not json:
+            print(
+                f"{name:<12} {figures.seconds:8.3f} s/step {figures.tokens_per_s:10.0f} tokens/s "
+                f"{figures.flops_per_s / peak:6.1%} of {peak / 1e12:.3g} TFLOP/s",
+                flush=True,
+            )
+
+    loss = LossConfig.paper(dino_weights) if dino_weights else LossConfig()
+    figures = measure_training(
+        model=model,
+        token_budget=token_budget,
+        row_tokens=row_tokens,
+        rows_per_step=rows_per_step,
+        loss=replace(loss, ssim=ssim),
+        steps=steps,
+        parallels={
+            "compiled" if compiled else "eager": ParallelConfig(
+                compile=compiled, checkpoint_every=checkpoint_every, float8=float8
+            )
+            for compiled in compile
+        },
+        ray_steps=ray_steps,
+        shards=shards,
+        threads=threads,
+        show=show,
+    )
+    rounded = {k: round(v, 4) if isinstance(v, float) else v for k, v in figures.items()}
+    if not json:
+        for name, figure in rounded.items():
+            print(f"{name:<26} {figure}")
+    _finish("train", {"model": model, "row_tokens": row_tokens, **rounded}, threads)
+
+
 BENCHMARKS: dict[str, Callable[..., None]] = {
     "attention": attention,
     "inference": inference,
     "ingest": ingest,
+    "train": train,
 }
 
 

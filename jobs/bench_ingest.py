@@ -68,7 +68,8 @@ def measure_ingest(
         stage = Stage(steps=steps, images_per_step=per_step, token_budgets=budgets)
         return Plan(corpus=corpus, data=data, stages=(stage,), patch_size=_PATCH_SIZE, seed=0)
 
-    with _corpus(shards) as corpus:
+    with indexed_shards(shards) as manifest:
+        corpus = Corpus.of(manifest)
         num_images = num_images or corpus.num_samples
         per_step = min(images_per_step, num_images)
         steps = num_images // per_step
@@ -101,7 +102,7 @@ def utilisation(plan: Plan) -> Utilisation:
 
 
 @contextmanager
-def _corpus(shards: Sequence[str]) -> Iterator[Corpus]:
+def indexed_shards(shards: Sequence[str]) -> Iterator[Manifest]:
     """Index the shards, those of the environment variable, or those of the quickstart."""
     shards = shards or [os.environ[SAMPLE_VARIABLE]] if SAMPLE_VARIABLE in os.environ else shards
     with tempfile.TemporaryDirectory(prefix="vitok-bench-") as folder:
@@ -109,7 +110,7 @@ def _corpus(shards: Sequence[str]) -> Iterator[Corpus]:
             manifest = build_manifest(shards, Path(folder) / "manifest")
         else:
             manifest = Manifest.load(make_sample_corpus(Path(folder) / "corpus")[0])
-        yield Corpus.of(manifest)
+        yield manifest
 
 
 def _one_process(plan: Plan, repeats: int) -> dict[str, float]:

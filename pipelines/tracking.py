@@ -293,6 +293,15 @@ def _experiment(client: Any, uri: str, name: str, storage: str) -> str:
     return str(client.create_experiment(name, artifact_location=location, tags=tags))
 
 
+def metric_history(folder: Folder, metric: str) -> list[tuple[int, float]]:
+    """Return every recorded (step, value) of a metric of the run in a folder, in step order."""
+    from mlflow.tracking import MlflowClient
+
+    note = json.loads(folder.read_text(_RUN_FILE) or "{}")
+    points = MlflowClient(note["uri"]).get_metric_history(note["run_id"], metric)
+    return sorted((point.step, point.value) for point in points)
+
+
 @contextmanager
 def system_metrics(uri: str, run_id: str, node_id: str, spool: str = "") -> Iterator[None]:
     """Record processor, memory, disk, network and GPUs of this machine while it is open.

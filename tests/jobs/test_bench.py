@@ -165,3 +165,28 @@ def test_utilisation_counts_real_tokens_of_rows_and_of_padded_batches(
     found = utilisation(plan)
     assert found.packed == pytest.approx(tokens / (128 * rows))
     assert found.padded == pytest.approx(tokens / padded)
+
+
+def test_training_benchmark_measures_the_step_in_memory_and_through_ray(
+    ray_cluster: None, sample_manifests: tuple[Path, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    threads = torch.get_num_threads()
+    shards = [uri for uri in Manifest.load(sample_manifests[0]).uris]
+    sizes = {"row-tokens": 64, "token-budget": 16, "steps": 3, "ray-steps": 4, "threads": 1}
+    try:
+        arguments = [text for name, n in sizes.items() for text in (f"--{name}", str(n))]
+        arguments += ["--model", "Bd1-Bd1/16x16", "--compile", "False", "--shards", *shards]
+        assert main(["bench", "train", "--json", *arguments]) == 0
+    finally:
+        torch.set_num_threads(threads)
+    (line,) = capsys.readouterr().out.splitlines()
+    figures = json.loads(line)
+    assert figures["best"] == "eager"
+    assert figures["tokens_per_s"] == figures["eager_tokens_per_s"] > 0
+    assert figures["peak_flops"] > 1e9
+    assert figures["peak"] == "measured bf16 matmul, 1 thread"
+    assert 0 < figures["mfu"] < 2  # of a peak that is measured beside other work
+    assert figures["ray_overhead"] > -1
+    parts = ("to_device", "forward", "losses", "backward", "optimizer")
+    assert sum(figures[f"eager_{part}_share"] for part in parts) == pytest.approx(1, abs=1e-3)
+    assert figures["eager_backward_share"] > figures["eager_to_device_share"]

@@ -18,7 +18,7 @@ from pipelines import train_autoencoder
 from pipelines.ingest import load_step
 from pipelines.plan import Stage
 from pipelines.runs import RunConfig, latest_checkpoint, next_step
-from pipelines.tracking import TrackingConfig, tracking_uri
+from pipelines.tracking import TrackingConfig, metric_history, tracking_uri
 from pipelines.train_autoencoder import (
     AutoencoderTraining,
     export_weights,
@@ -70,14 +70,6 @@ def train_plainly(settings: AutoencoderTraining) -> tuple[list[float], dict[str,
         optimizer.zero_grad()
         losses.append(total.item() / images)
     return losses, model.state_dict()
-
-
-def history(run: RunConfig, metric: str) -> list[tuple[int, float]]:
-    """Return every recorded (step, value) of a metric of a run, in step order."""
-    uri = tracking_uri(run.tracking, run.storage)
-    run_id = json.loads(run.folder.read_text("mlflow.json") or "")["run_id"]
-    points = MlflowClient(uri).get_metric_history(run_id, metric)
-    return sorted((point.step, point.value) for point in points)
 
 
 def start_driver(settings: AutoencoderTraining, notes: Path, *arguments: str) -> subprocess.Popen:
@@ -134,7 +126,7 @@ def test_killed_run_resumes_with_the_same_samples_and_losses_as_one_never_killed
 
     _check_order(notes, settings)
     losses, weights = train_plainly(settings)
-    recorded = history(settings.run, "loss")
+    recorded = metric_history(settings.run.folder, "loss")
     assert [step for step, _ in recorded] == list(range(1, num_steps + 1)), "once a step"
     torch.testing.assert_close([value for _, value in recorded], losses, rtol=2e-4, atol=0)
     trained = load_autoencoder(settings.run.folder.uri).state_dict()
@@ -191,11 +183,11 @@ def test_finished_run_is_recorded_exported_and_not_trained_again(
     for name, weight in trained.state_dict().items():
         assert torch.equal(weight, exported.state_dict()[name]), name
 
-    assert [step for step, _ in history(run, "eval_psnr")] == [4, 6]
-    assert history(run, "eval_images")[0][1] == 5
+    assert [step for step, _ in metric_history(run.folder, "eval_psnr")] == [4, 6]
+    assert metric_history(run.folder, "eval_images")[0][1] == 5
     for metric in ("charbonnier", "ssim_loss", "grad_norm", "lr", "tokens_per_s", "data_wait"):
-        assert len(history(run, metric)) == 6, metric
-    assert all(0 < value <= 1 for _, value in history(run, "token_utilisation"))
+        assert len(metric_history(run.folder, metric)) == 6, metric
+    assert all(0 < value <= 1 for _, value in metric_history(run.folder, "token_utilisation"))
     client = MlflowClient(tracking_uri(run.tracking, run.storage))
     record = client.get_run(json.loads(run.folder.read_text("mlflow.json") or "")["run_id"])
     assert record.info.status == "FINISHED"
@@ -209,7 +201,7 @@ def test_finished_run_is_recorded_exported_and_not_trained_again(
 
     monkeypatch.setattr(train_autoencoder, "_worker", None)  # would fail if it were started
     assert run_training(tiny_training) == export
-    assert len(history(run, "loss")) == 6
+    assert len(metric_history(run.folder, "loss")) == 6
 
 
 def test_run_name_with_another_config_is_refused_with_the_difference(
@@ -326,4 +318,4 @@ def test_gradient_that_is_not_finite_stops_before_the_optimizer_and_names_the_sa
         run_training(prepare(settings))
     assert "the optimizer has not moved" in str(error.value)
     assert first_keys[0] in str(error.value)
-    assert history(settings.run, "loss") == []
+    assert metric_history(settings.run.folder, "loss") == []

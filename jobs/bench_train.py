@@ -1,0 +1,287 @@
+"""Benchmark of the training step: on rows in memory, part by part, and through Ray."""
+
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+
+from cluster.local import ray_session
+from jobs.bench_ingest import indexed_shards
+from pipelines.ingest import PackedRow, StepRows, load_step
+from pipelines.loop import Recipe, train_step
+from pipelines.plan import DataConfig, Plan, Stage
+from pipelines.runs import RunConfig
+from pipelines.tracking import metric_history
+from pipelines.train_autoencoder import (
+    AutoencoderTraining,
+    plan_of,
+    prepare,
+    reconstruction_step,
+    run_training,
+)
+from vitok.autoencoder import Autoencoder
+from vitok.flops import peak_flops, training_flops
+from vitok.initialize import start_at_random
+from vitok.losses import LossConfig, ReconstructionLoss
+from vitok.optim import Optimizers, build_optimizer
+from vitok.parallel import ParallelConfig, prepare_blocks, shard_model
+from vitok.variants import AutoencoderConfig
+
+# The first steps of a run compile, allocate and fill queues.
+_WARM_UP_STEPS = 2
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepFigures:
+    """What a training step achieves.
+
+    Attributes:
+        seconds: median of the steps.
+        tokens_per_s: real tokens.
+        flops_per_s: operations on real tokens, forward and backward.
+    """
+
+    seconds: float
+    tokens_per_s: float
+    flops_per_s: float
+
+
+def measure_training(
+    *,
+    model: str,
+    token_budget: int,
+    row_tokens: int,
+    rows_per_step: int,
+    loss: LossConfig,
+    steps: int,
+    parallels: dict[str, ParallelConfig],
+    ray_steps: int,
+    shards: Sequence[str],
+    threads: int,
+    show: Callable[[str, StepFigures, float], None],
+) -> dict[str, float | str]:
+    """Time the steps of one worker; the fastest way in memory is then run through Ray.
+
+    Args:
+        parallels: ways to compute the blocks, by name.
+        show: called with the name, the figures and the peak of each measurement.
+        ray_steps: steps through Ray; 0 leaves it out.
+
+    Returns:
+        the figures of the benchmark by name.
+    """
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    with (
+        indexed_shards(shards) as manifest,
+        tempfile.TemporaryDirectory(prefix="vitok-bench-") as folder,
+        _one_rank(),
+    ):
+        settings = AutoencoderTraining(
+            model=AutoencoderConfig.from_name(model),
+            data=DataConfig(manifest=str(manifest.path), row_tokens=row_tokens),
+            stages=(
+                Stage(
+                    steps=max(steps, ray_steps),
+                    images_per_step=rows_per_step * row_tokens // token_budget,
+                    token_budgets=(token_budget,),
+                    rows_per_step=rows_per_step,
+                ),
+            ),
+            loss=loss,
+            run=RunConfig(
+                name="bench",
+                storage=folder,
+                num_workers=1,
+                cpus_per_worker=threads,
+                use_gpu=device.type == "cuda",
+                log_every=1,
+                mfu=False,
+            ),
+        )
+        batches = _batches(plan_of(settings), steps)
+        found: dict[str, StepFigures] = {}
+        figures: dict[str, float | str] = {}
+
+        def measure(name: str, run: Callable[[], StepFigures]) -> StepFigures:
+            # Measured around each: what else the machine does changes from minute to minute.
+            before, figures["peak"] = peak_flops(device)
+            step = run()
+            peak = (before + peak_flops(device).flops_per_s) / 2
+            show(name, step, peak)
+            figures.update(
+                {
+                    f"{name}_step_s": step.seconds,
+                    f"{name}_tokens_per_s": step.tokens_per_s,
+                    f"{name}_mfu": step.flops_per_s / peak,
+                    f"{name}_peak_flops": peak,
+                }
+            )
+            return step
+
+        for name, parallel in parallels.items():
+            trainee = _Trainee.of(settings, parallel, device)
+            found[name] = measure(name, lambda trainee=trainee: trainee.measure(batches))
+            figures |= {f"{name}_{part}": x for part, x in trainee.shares(batches).items()}
+        best = max(found, key=lambda name: found[name].tokens_per_s)
+        figures |= {"best": best} | {
+            name: figures[f"{best}_{name}"] for name in ("tokens_per_s", "mfu", "peak_flops")
+        }
+        if ray_steps:
+            through_ray = measure(
+                "ray", lambda: _through_ray(settings, parallels[best], ray_steps, threads)
+            )
+            again = _Trainee.of(settings, parallels[best], device).measure(batches)
+            in_memory = (found[best].seconds + again.seconds) / 2
+            figures["ray_overhead"] = through_ray.seconds / in_memory - 1
+    return figures
+
+
+def _batches(plan: Plan, steps: int) -> list[StepRows]:
+    return [StepRows(step, load_step(plan, step), {}) for step in range(steps)]
+
+
+@dataclass(frozen=True)
+class _Trainee:
+    """A model that is trained in this process, as the loop of a training does it."""
+
+    model: nn.Module
+    optimizer: Optimizers
+    recipe: Recipe
+    loss: ReconstructionLoss
+    settings: AutoencoderTraining
+    device: torch.device
+
+    @classmethod
+    def of(
+        cls, settings: AutoencoderTraining, parallel: ParallelConfig, device: torch.device
+    ) -> "_Trainee":
+        """Build the model, sharded over the one rank."""
+        with torch.device("meta"):
+            model = Autoencoder(settings.model)
+        prepare_blocks(model, parallel)
+        shard_model(model, init_device_mesh(device.type, (1,)), torch.bfloat16)
+        start_at_random(model.to_empty(device=device), settings.seed)
+        loss = ReconstructionLoss(settings.loss).to(device)
+
+        def step(model: nn.Module, row: PackedRow, device: torch.device) -> dict[str, Tensor]:
+            return reconstruction_step(settings, loss, model, row, device)
+
+        recipe = Recipe(
+            step=step,
+            flops=lambda row: training_flops(settings.model, row.image_tokens),
+            initialize=lambda model: None,
+            evaluate=None,
+            story={},
+        )
+        optimizer = build_optimizer(model, settings.optim)
+        return cls(model, optimizer, recipe, loss, settings, device)
+
+    def measure(self, batches: Sequence[StepRows]) -> StepFigures:
+        """Train on the batches in turn; the first steps are not counted."""
+        seconds = []
+        for batch in batches:
+            _wait_for(self.device)
+            start = time.perf_counter()
+            train_step(
+                self.model, self.optimizer, self.recipe, batch, 1.0, self.device, leaves=False
+            )
+            _wait_for(self.device)
+            seconds.append(time.perf_counter() - start)
+        counted = [row for batch in batches[_WARM_UP_STEPS:] for row in batch.rows]
+        num_steps = len(batches) - _WARM_UP_STEPS
+        median = statistics.median(seconds[_WARM_UP_STEPS:])
+        return StepFigures(
+            seconds=median,
+            tokens_per_s=sum(row.num_tokens for row in counted) / num_steps / median,
+            flops_per_s=sum(map(self.recipe.flops, counted)) / num_steps / median,
+        )
+
+    def shares(self, batches: Sequence[StepRows]) -> dict[str, float]:
+        """Return the share of a step that each of its parts takes, medians over the batches."""
+        taken: dict[str, list[float]] = {}
+        for batch in batches[_WARM_UP_STEPS:]:
+            for name, seconds in self._timed_parts(batch.rows[0]).items():
+                taken.setdefault(f"{name}_share", []).append(seconds)
+        medians = {name: statistics.median(seconds) for name, seconds in taken.items()}
+        total = sum(medians.values())
+        return {name: seconds / total for name, seconds in medians.items()}
+
+    def _timed_parts(self, row: PackedRow) -> dict[str, float]:
+        marks = [self._now()]
+        packed, tile_position = row.to_packed(self.device)
+        marks.append(self._now())
+        reconstruction = self.model(packed)
+        marks.append(self._now())
+        loss = self.loss(reconstruction, packed, tile_position)["loss"]
+        marks.append(self._now())
+        loss.backward()
+        marks.append(self._now())
+        gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
+        torch.nn.utils.get_total_norm(gradients)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        marks.append(self._now())
+        names = ("to_device", "forward", "losses", "backward", "optimizer")
+        return {
+            name: end - start for name, start, end in zip(names, marks[:-1], marks[1:], strict=True)
+        }
+
+    def _now(self) -> float:
+        _wait_for(self.device)
+        return time.perf_counter()
+
+
+def _through_ray(
+    settings: AutoencoderTraining, parallel: ParallelConfig, steps: int, threads: int
+) -> StepFigures:
+    """Run a training of its own, with Ray Data, Ray Train and MLflow, and read what it logged."""
+    settings = prepare(
+        replace(
+            settings,
+            stages=(replace(settings.stages[0], steps=steps),),
+            run=replace(settings.run, parallel=parallel),
+        )
+    )
+    # One core more, in name: the reading and decoding shares the cores with the training.
+    with ray_session(num_cpus=threads + 1):
+        run_training(settings)
+    recorded = {
+        name: [
+            value
+            for step, value in metric_history(settings.run.folder, name)
+            if step > _WARM_UP_STEPS
+        ]
+        for name in ("tokens_per_s", "images_per_s", "flops_per_s")
+    }
+    images_per_s = statistics.median(recorded["images_per_s"])
+    return StepFigures(
+        seconds=settings.stages[0].images_per_step / images_per_s,
+        tokens_per_s=statistics.median(recorded["tokens_per_s"]),
+        flops_per_s=statistics.median(recorded["flops_per_s"]),
+    )
+
+
+def _wait_for(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+@contextmanager
+def _one_rank() -> Iterator[None]:
+    """Be the only rank of a process group."""
+    with tempfile.TemporaryDirectory() as folder:
+        store = dist.FileStore(str(Path(folder) / "store"), 1)
+        backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+        dist.init_process_group(backend, store=store, rank=0, world_size=1)
+        try:
+            yield
+        finally:
+            dist.destroy_process_group()
