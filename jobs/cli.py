@@ -175,6 +175,37 @@ def reconstruct(arguments: Sequence[str]) -> None:
     tyro.cli(run, args=arguments, prog="vitok reconstruct")
 
 
+def export(arguments: Sequence[str]) -> None:
+    """weights of a run's newest checkpoint, as a folder to load or to publish"""
+    from pipelines.train_autoencoder import export_run
+    from vitok.pretrained import WEIGHT_FILES
+    from vitok.storage import Folder
+
+    def write(
+        run: tyro.conf.Positional[str],
+        folder: tyro.conf.Positional[str],
+        /,
+        *,
+        average: bool = True,
+    ) -> None:
+        """Write encoder.safetensors, decoder.safetensors and config.json; the run may go on.
+
+        Args:
+            run: folder of a training run, such as runs/NAME.
+            folder: where the files go, a folder or s3:// prefix without weights.
+            average: take the moving average of the weights where the run keeps one.
+        """
+        target = Folder.of(folder)
+        if there := [file for file in WEIGHT_FILES if target.exists(file)]:
+            raise FileExistsError(
+                f"{target.uri} holds {there[0]} already; give another folder, or delete that one"
+            )
+        _, steps = export_run(Folder.of(run), target, average=average)
+        print(f"weights after step {steps}: {target.uri}")
+
+    tyro.cli(write, args=arguments, prog="vitok export")
+
+
 def models(arguments: Sequence[str]) -> None:
     """names, parameters, compression and cost of the models"""
     from jobs.models import describe_models, format_models
@@ -270,6 +301,7 @@ COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
     "train": train,
     "evaluate": evaluate,
     "reconstruct": reconstruct,
+    "export": export,
     "models": models,
     "corpus": corpus,
     "encode": encode,
@@ -289,8 +321,12 @@ def _recipe(recipes: dict[str, Callable[[], Any]], arguments: Sequence[str], com
     """Return a recipe's config with the overrides of the command line."""
     if not arguments or arguments[0].startswith("-"):
         print(f"usage: vitok {command} RECIPE [--field value ...]\n\nrecipes:")
+        width = max(map(len, recipes))
+        family = ""
         for name, recipe in recipes.items():
-            print(f"  {name:<20} {(recipe.__doc__ or '').splitlines()[0]}")
+            if family != (family := name.partition("-")[0]):
+                print()
+            print(f"  {name:<{width}}  {(recipe.__doc__ or '').splitlines()[0]}")
         print(f"\nvitok {command} RECIPE --help shows every field.")
         raise SystemExit(0 if arguments and arguments[0] in ("-h", "--help") else 2)
     recipe = _lookup(recipes, arguments[0], "recipe")

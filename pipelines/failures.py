@@ -1,6 +1,10 @@
 """What went wrong, out of whatever a distributed system wrapped around it."""
 
 
+class Unrecoverable(Exception):
+    """Trying again from the same checkpoint would end in the same way; raised by all workers."""
+
+
 class Preempted(Exception):
     """Somebody outside asked the work to stop; it can be gone on with."""
 

@@ -12,7 +12,7 @@ import ray.train
 from ray.train.torch import TorchTrainer
 
 from pipelines import ingest
-from pipelines.failures import Preempted, root_cause
+from pipelines.failures import Preempted, Unrecoverable, root_cause
 from pipelines.plan import Plan
 from pipelines.progress import progress_bar
 from pipelines.runs import RunConfig, next_step
@@ -88,6 +88,8 @@ def launch(
             raise RuntimeError(
                 f"the training stopped after step {next_step(folder)}: {root_cause(error)}"
             ) from error
+        if failure := ray.get(board.failure.remote()):
+            raise RuntimeError(f"the training stopped after step {next_step(folder)}: {failure}")
         if ray.get(board.is_leaving.remote()) and next_step(folder) < plan.num_steps:
             raise Preempted(
                 f"stopped by SIGTERM with a checkpoint after step {next_step(folder)}; start it "
@@ -102,8 +104,9 @@ def launch(
 
 @contextmanager
 def recorded(given: dict[str, Any]) -> Iterator[Tracker | None]:
-    """Record a worker's part of the MLflow run: gives rank 0 its Tracker, and nobody else one.
+    """Record a worker's part of the run: gives rank 0 its Tracker, and nobody else one.
 
+    What would end every other attempt in the same way ends the run, and is told to the board.
     The first worker of every node but the driver's, which records its own, samples the node's load.
     """
     context = ray.train.get_context()
@@ -114,7 +117,11 @@ def recorded(given: dict[str, Any]) -> Iterator[Tracker | None]:
             tracker = stack.enter_context(closing(Tracker(**given["tracking"])))
         if context.get_local_rank() == 0 and node != given["driver_node"]:
             stack.enter_context(system_metrics(node_id=node, **given["tracking"]))
-        yield tracker
+        try:
+            yield tracker
+        except Unrecoverable as error:
+            # Raised on, Ray Train would start the group again; so this attempt ends in peace.
+            ray.get(given["board"].fail.remote(str(error)))
 
 
 class _PlannedData(ray.train.DataConfig):

@@ -24,6 +24,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 
 from pipelines import ingest
+from pipelines.failures import Unrecoverable
 from pipelines.meter import Meter, process_metrics
 from pipelines.plan import Plan
 from pipelines.runs import RunConfig
@@ -92,8 +93,8 @@ def fit(
         board: the driver's ProgressBoard.
 
     Raises:
-        FloatingPointError: a gradient was not finite; the optimizer has not moved.
-        RuntimeError: too many samples were unreadable.
+        Unrecoverable: a gradient was not finite, and the optimizer has not moved; too many samples
+            were unreadable; the corpus has changed.
     """
     rank, world_size = dist.get_rank(), dist.get_world_size()
     device = ray.train.torch.get_device()
@@ -120,7 +121,7 @@ def fit(
         with checkpoint.as_directory() as folder:
             saved = state.load(Path(folder))
         if saved["corpus"] != plan.corpus.digest:
-            raise ValueError(
+            raise Unrecoverable(
                 f"{plan.corpus.location} has changed since the run's last checkpoint, and with it "
                 "the order of samples; restore the manifests, or choose another run.name"
             )
@@ -131,7 +132,7 @@ def fit(
     total_images = plan.images_before(plan.num_steps)
     meter = Meter(plan.data.row_tokens * world_size, _peak_of_all(device) if run.mfu else 0.0)
     checkpoints = _Checkpoints(state, recipe.story)
-    ledger: list[_Outcome] = []
+    ledger: list[Outcome] = []
     status = ""
     preempted = False
 
@@ -156,7 +157,7 @@ def fit(
         if not settles:
             continue
 
-        settled = _settle(ledger)
+        settled = settle(ledger)
         ledger.clear()
         totals = {name: sum(s.totals[name] for s in settled) for name in _TOTALS}
         progress["cursor"] = plan.cursor(done)
@@ -217,7 +218,7 @@ _TOTALS = ("images", "tokens", "flops", "skipped", "store_retries", "leaves")
 
 
 @dataclass(frozen=True)
-class _Outcome:
+class Outcome:
     """What came of a step, still on the device.
 
     Attributes:
@@ -234,7 +235,7 @@ class _Outcome:
 
 
 @dataclass(frozen=True)
-class _Settled:
+class Settled:
     """What came of a step, over all workers. Losses are means over its images."""
 
     step: int
@@ -252,7 +253,7 @@ def train_step(
     clip_norm: float,
     device: torch.device,
     leaves: bool,
-) -> _Outcome:
+) -> Outcome:
     """Run forward and backward over this worker's rows, and move the weights; waits for nothing."""
     rows = _copied_to(batch.rows, device)
     row_losses: list[Tensor] = []
@@ -280,7 +281,7 @@ def train_step(
     norm = _scale_and_clip(model, dist.get_world_size() / num_images, clip_norm)
     optimizer.step(skip=~torch.isfinite(norm))
     optimizer.zero_grad()
-    return _Outcome(
+    return Outcome(
         step=batch.step,
         values=torch.cat([norm.double()[None], summed]),
         names=tuple(sums),
@@ -319,28 +320,29 @@ def _scale_and_clip(model: nn.Module, scale: Tensor, clip_norm: float) -> Tensor
     return norm
 
 
-def _settle(ledger: list[_Outcome]) -> list[_Settled]:
+def settle(ledger: list[Outcome]) -> list[Settled]:
     """Wait for the steps of the ledger, and return what came of them.
 
     Raises:
-        FloatingPointError: a gradient was not finite.
+        Unrecoverable: a gradient was not finite.
     """
     settled = []
     rows = torch.stack([outcome.values for outcome in ledger]).tolist()
     for outcome, (grad_norm, *values) in zip(ledger, rows, strict=True):
         if not math.isfinite(grad_norm):
-            raise FloatingPointError(
+            raise Unrecoverable(
                 f"step {outcome.step}: the gradient's norm is {grad_norm}; the optimizer has not "
                 f"moved. {_describe_suspects(outcome)}"
             )
         summed = dict(zip(_TOTALS + outcome.names, values, strict=True))
         num_images = max(1.0, summed["images"])
         losses = {name: summed[name] / num_images for name in outcome.names}
-        settled.append(_Settled(outcome.step, grad_norm, summed, losses, len(outcome.row_losses)))
+        totals = {name: summed[name] for name in _TOTALS}
+        settled.append(Settled(outcome.step, grad_norm, totals, losses, len(outcome.row_losses)))
     return settled
 
 
-def _describe_suspects(outcome: _Outcome) -> str:
+def _describe_suspects(outcome: Outcome) -> str:
     """Name the samples of the rows, on all ranks, whose loss is not finite."""
     mine = [
         key
@@ -387,7 +389,7 @@ def _check_unreadable(
     seen = max(plan.images_before(done), _UNREADABLE_GRACE)
     if num_skipped > plan.data.max_unreadable * seen:
         lost = [f"{shard} {key}: {reason}" for row in rows for shard, key, reason in row.skipped]
-        raise RuntimeError(
+        raise Unrecoverable(
             f"{num_skipped} of {plan.images_before(done)} samples were unreadable, more than "
             f"data.max_unreadable={plan.data.max_unreadable} allows; repair the shards or raise "
             f"it. The last ones: {'; '.join(lost[:20]) or 'on other workers'}"

@@ -39,6 +39,8 @@ class DataConfig:
         row_tokens: tokens of a packed row, the unit of one forward pass.
         crop_area: smallest share of an image's area that a random crop keeps; 1 keeps it whole.
         crop_aspect: a crop's aspect ratio is the image's, changed by at most this factor.
+        square: crops are square instead, with crop_area of the largest square, and enlarged where
+            they are smaller than their budget: with 256 tokens of 16 pixels all are 256 x 256.
         chunk_samples: neighbouring samples that stay together when an epoch is shuffled, so that
             they are read in one request.
         max_unreadable: a run stops once more than this fraction of its samples was unreadable.
@@ -50,6 +52,7 @@ class DataConfig:
     row_tokens: int = 8192
     crop_area: float = 0.5
     crop_aspect: float = 1.2
+    square: bool = False
     chunk_samples: int = 16
     max_unreadable: float = 0.01
 
@@ -313,6 +316,7 @@ class Plan:
                     crop[3],
                     patch_size=self.patch_size,
                     token_budget=max(1, int(budget * shrink)),
+                    enlarge=self.data.square,
                 ),
                 tile_position=tile_position,
             )
@@ -356,11 +360,14 @@ def _random_crop(
     height: int, width: int, data: DataConfig, draws: list[float]
 ) -> tuple[int, int, int, int]:
     area = data.crop_area + (1 - data.crop_area) * draws[0]
-    # Stretched further, a crop of this area would reach over the image.
-    most = min(log(data.crop_aspect), -log(area))
-    stretch = np.exp((2 * draws[1] - 1) * most)
-    crop_height = min(height, max(1, round(height * sqrt(area * stretch))))
-    crop_width = min(width, max(1, round(width * sqrt(area / stretch))))
+    if data.square:
+        crop_height = crop_width = max(1, round(min(height, width) * sqrt(area)))
+    else:
+        # Stretched further, a crop of this area would reach over the image.
+        most = min(log(data.crop_aspect), -log(area))
+        stretch = np.exp((2 * draws[1] - 1) * most)
+        crop_height = min(height, max(1, round(height * sqrt(area * stretch))))
+        crop_width = min(width, max(1, round(width * sqrt(area / stretch))))
     top = int(draws[2] * (height - crop_height + 1))
     left = int(draws[3] * (width - crop_width + 1))
     return top, left, crop_height, crop_width

@@ -22,6 +22,15 @@ class ProgressBoard:
         self._status = status
         self._messages: list[str] = []
         self._is_leaving = False
+        self._failure = ""
+
+    def fail(self, reason: str) -> None:
+        """Say why the work ended for good."""
+        self._failure = reason
+
+    def failure(self) -> str:
+        """Return why the work ended for good; empty if it did not."""
+        return self._failure
 
     def leave(self) -> None:
         """Ask the work to stop at the next point from which it can go on."""

@@ -8,7 +8,9 @@ from typing import Any, Literal
 
 import ray.train
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 
 from pipelines.corpus import Manifest
 from pipelines.ingest import PackedRow, load_step
@@ -24,8 +26,8 @@ from pipelines.reconstruction import (
 )
 from pipelines.runs import CONFIG_FILE, RunConfig, claim_folder, latest_checkpoint, next_step
 from pipelines.tracking import open_run
-from vitok.autoencoder import Autoencoder
-from vitok.config import config, flatten, parse_json, to_dict
+from vitok.autoencoder import Autoencoder, part_of
+from vitok.config import config, flatten, parse_json, require_choice, to_dict
 from vitok.flops import training_flops
 from vitok.initialize import start_at_random, start_from_pca
 from vitok.losses import LossConfig, ReconstructionLoss
@@ -34,6 +36,7 @@ from vitok.parallel import require_float8
 from vitok.patches import num_tokens
 from vitok.pretrained import (
     EXPORT,
+    PARTS,
     WEIGHT_FILES,
     load_checkpoint,
     load_pretrained,
@@ -42,8 +45,13 @@ from vitok.pretrained import (
 from vitok.storage import Folder
 from vitok.variants import AutoencoderConfig, Part
 
+Freeze = Literal["none", "encoder"]
+
 _PCA_PATCHES = 16_384
 _NUM_PICTURES = 8
+_FRESH_STARTS = ("random", "pca")
+# What weights may have been trained with, and go on without.
+_NOT_OF_WEIGHTS = ("layer_scale", "latent_noise")
 
 
 @config
@@ -57,7 +65,12 @@ class AutoencoderTraining:
         loss: weights of the loss terms.
         optim: optimizer and learning rate.
         run: how and where it runs.
-        start: draw all weights at random, or set the linear layers to a PCA of the patches.
+        start: `random` draws all weights; `pca` also sets the linear layers to a PCA of the
+            patches; anything else is where weights of the same architecture are, as
+            load_autoencoder takes it: a released model, a repository, a folder, a checkpoint, a
+            run. The first worker reads them.
+        freeze: `encoder` trains the decoder alone; the encoder's weights, and so its latents, stay
+            what they are.
         eval_images: held-out images that an evaluation during training looks at.
         seed: of weights, order, crops and tiles.
     """
@@ -68,13 +81,22 @@ class AutoencoderTraining:
     loss: LossConfig = LossConfig()
     optim: OptimConfig = OptimConfig()
     run: RunConfig
-    start: Literal["random", "pca"] = "random"
+    start: str = "random"
+    freeze: Freeze = "none"
     eval_images: int = 64
     seed: int = 0
 
     def __post_init__(self) -> None:
         if self.eval_images < 1:
             raise ValueError(f"eval_images={self.eval_images} must be at least 1")
+        require_choice("freeze", self.freeze, Freeze)
+        if not self.start:
+            raise ValueError("start is empty; give random, pca, or where weights are")
+        if self.freeze == "encoder" and self.start == "random":
+            raise ValueError(
+                "freeze='encoder' would keep an encoder of random weights; set start to where "
+                "trained weights are, or to pca"
+            )
 
 
 def run_training(settings: AutoencoderTraining) -> Folder:
@@ -115,9 +137,11 @@ def prepare(settings: AutoencoderTraining) -> AutoencoderTraining:
         the config to run, with absolute locations: workers run in other directories.
 
     Raises:
-        FileNotFoundError: a manifest, or the weights of a perceptual loss, are not there.
+        FileNotFoundError: a manifest, the weights to start from, or those of a perceptual loss, are
+            not there.
         ImportError: a perceptual loss needs a package that is not installed.
-        ValueError: the run's folder holds a run with another config.
+        ValueError: the weights to start from are of another architecture; the run's folder holds a
+            run with another config.
     """
     data, loss, run = settings.data, settings.loss, settings.run
     settings = replace(
@@ -136,6 +160,9 @@ def prepare(settings: AutoencoderTraining) -> AutoencoderTraining:
             lpips_weights=_absolute_if_local(loss.lpips_weights),
         ),
         run=replace(run, storage=_absolute(run.storage)),
+        start=settings.start
+        if settings.start in _FRESH_STARTS
+        else _absolute_if_local(settings.start),
     )
     plan_of(settings)
     if data.eval_manifest:
@@ -144,8 +171,37 @@ def prepare(settings: AutoencoderTraining) -> AutoencoderTraining:
         ReconstructionLoss(loss)
     if run.parallel.float8:
         require_float8(data.row_tokens)
+    # A run that goes on reads its own weights.
+    if settings.start not in _FRESH_STARTS and latest_checkpoint(settings.run.folder) is None:
+        _check_weights(settings.start, settings.model)
     claim_folder(settings)
     return settings
+
+
+def _check_weights(location: str, model: AutoencoderConfig) -> None:
+    """Check that the weights of a model can be loaded from a location."""
+    for part in PARTS:
+        try:
+            # One half in half precision at a time: the driver may have little memory.
+            found = load_autoencoder(location, part=part, dtype=torch.bfloat16).config
+        except FileNotFoundError as error:
+            raise FileNotFoundError(
+                f"start={location!r} is neither {' nor '.join(_FRESH_STARTS)}, and there are no "
+                f"weights: {error}"
+            ) from error
+        except ValueError as error:
+            raise ValueError(f"start={location!r} cannot be loaded: {error}") from error
+        wanted, given = flatten(model), flatten(found)
+        differences = [
+            f"model.{name}={wanted[name]} where they have {given[name]}"
+            for name in wanted
+            if wanted[name] != given[name] and name not in _NOT_OF_WEIGHTS
+        ]
+        if differences:
+            raise ValueError(
+                f"the weights of start={location!r} are of another architecture "
+                f"({', '.join(differences)}); change the model, or start from others"
+            )
 
 
 def _absolute(location: str) -> str:
@@ -195,21 +251,47 @@ def load_autoencoder(
     if latest is not None:
         return load_checkpoint(latest[0], read_settings(folder).model, part=part, dtype=dtype)
     if not folder.child(EXPORT).names():
-        raise FileNotFoundError(
-            f"the run in {folder.uri} has no complete checkpoint yet; wait for its first, or "
-            "lower run.checkpoint_every"
-        )
+        raise _no_checkpoint(folder)
     return load_pretrained(location, part=part, dtype=dtype)
 
 
 def export_weights(settings: AutoencoderTraining) -> Folder:
     """Write the run's newest weights for load_pretrained into its folder `export`."""
-    export = settings.run.folder.child(EXPORT)
-    model = load_autoencoder(settings.run.folder.uri)
+    run = settings.run.folder
+    export, _ = export_run(run, run.child(EXPORT))
+    return export
+
+
+def export_run(run: Folder, target: Folder, *, average: bool = True) -> tuple[Folder, int]:
+    """Write the weights of a run's newest checkpoint as a folder that load_pretrained takes.
+
+    Args:
+        target: what is in it already is replaced.
+        average: the moving average of the weights where the run keeps one, else as they are.
+
+    Returns:
+        the target, and the steps that made the weights.
+
+    Raises:
+        FileNotFoundError: there is no run, or it has no checkpoint yet.
+    """
+    settings = read_settings(run)
+    latest = latest_checkpoint(run)
+    if latest is None:
+        raise _no_checkpoint(run)
+    checkpoint, metrics = latest
+    model = load_checkpoint(checkpoint, settings.model, average=average)
     with tempfile.TemporaryDirectory() as scratch:
         save_pretrained(Path(scratch), settings.model, model.state_dict())
-        export.upload(Path(scratch))
-    return export
+        target.upload(Path(scratch))
+    return target, int(metrics["cursor"]["step"])
+
+
+def _no_checkpoint(run: Folder) -> FileNotFoundError:
+    return FileNotFoundError(
+        f"the run in {run.uri} has no complete checkpoint yet; wait for its first, or lower "
+        "run.checkpoint_every"
+    )
 
 
 def plan_of(settings: AutoencoderTraining) -> Plan:
@@ -230,11 +312,50 @@ def plan_of(settings: AutoencoderTraining) -> Plan:
     )
 
 
+def build_model(settings: AutoencoderTraining) -> Autoencoder:
+    """Return the model on the meta device; what is frozen requires no gradient.
+
+    No gradient flows through a frozen encoder, whose input requires none either: its pass forward
+    keeps nothing, and there is none backward.
+    """
+    with torch.device("meta"):
+        model = Autoencoder(settings.model)
+    if settings.freeze == "encoder":
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(part_of(name) != "encoder")
+    return model
+
+
+def row_flops(settings: AutoencoderTraining, row: PackedRow) -> float:
+    """Return the operations of a training step on a row; a frozen encoder has a forward alone."""
+    if settings.freeze == "none":
+        return training_flops(settings.model, row.image_tokens)
+    encoder = training_flops(settings.model, row.image_tokens, "encoder") / 3
+    return encoder + training_flops(settings.model, row.image_tokens, "decoder")
+
+
 def initialize(model: Autoencoder, settings: AutoencoderTraining, plan: Plan) -> None:
     """Set a model, sharded or not, to the weights at the start of a training."""
+    if settings.start not in _FRESH_STARTS:
+        _start_from_weights(model, settings.start)
+        return
     start_at_random(model, settings.seed)
     if settings.start == "pca":
         start_from_pca(model, _sample_patches(plan))
+
+
+def _start_from_weights(model: Autoencoder, location: str) -> None:
+    """Set a model to weights that rank 0 reads; it sends one parameter after another.
+
+    So the store is read once, and the others hold no more than their shards and one parameter.
+    """
+    sends = dist.is_initialized()
+    reads = not sends or dist.get_rank() == 0
+    set_model_state_dict(
+        model,
+        load_autoencoder(location).state_dict() if reads else {},
+        options=StateDictOptions(full_state_dict=True, broadcast_from_rank0=sends),
+    )
 
 
 def reconstruction_step(
@@ -294,18 +415,16 @@ def _worker(given: dict[str, Any]) -> None:
         images = {"reconstructions": contact_sheet(pictures)} if pictures else {}
         return Evaluation(summarize(results), images)
 
-    with torch.device("meta"):
-        model = Autoencoder(settings.model)
     recipe = Recipe(
         step=step,
-        flops=lambda row: training_flops(settings.model, row.image_tokens),
+        flops=lambda row: row_flops(settings, row),
         initialize=lambda model: initialize(model, settings, plan),
         evaluate=evaluate if held_out else None,
         story={"config": to_dict(settings), "mlflow_run_id": given["tracking"]["run_id"]},
     )
     with recorded(given) as tracker:
         fit(
-            model,
+            build_model(settings),
             recipe,
             plan=plan,
             optim=settings.optim,

@@ -51,6 +51,7 @@ class TrainState:
             what is done, or has failed, when the shards are written.
         """
         if dist.get_rank() == 0:
+            folder.mkdir(parents=True, exist_ok=True)
             (folder / PROGRESS_FILE).write_text(json.dumps(progress, indent=2))
         saving = dcp.async_save(
             self._state(),

@@ -1,6 +1,6 @@
-"""Starts for an autoencoder: random, or its linear layers do principal component analysis.
+"""Starts for an autoencoder: random; linear layers that do a PCA; heads that look at neighbours.
 
-Both set a model that is sharded already as well as one that is whole.
+All set a model that is sharded already as well as one that is whole.
 """
 
 import hashlib
@@ -11,12 +11,21 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn import functional as F
 
 from vitok.autoencoder import Autoencoder
-from vitok.transformer import LayerScale, RMSNorm
+from vitok.transformer import ROPE_THETA, Block, LayerScale, RMSNorm
 
 # Length of the constant part of a code, in units of the length of a typical principal part. The
 # LayerNorm on the code divides by its length, which a large constant part keeps nearly the same
 # for all patches: at 3, a patch of typical contrast is off by 5%, and the decoder can learn that.
 _CARRIER = 3.0
+# Components weaker than this, relative to the strongest, are not scaled up any further.
+_WEAKEST = 1e-3
+# Offsets (rows, columns) at which the heads of a block look in turn.
+_NEIGHBORS = ((0, -1), (0, 1), (-1, 0), (1, 0))
+# Weight of the norms of q and k of such a head: at 64 channels, the patch that it looks at then
+# has a score 4 higher than the patches beside it.
+_SHARPNESS = 2.0
+# Of weights of q and k that were drawn at random, so much stays: content can be learned from it.
+_CONTENT = 0.25
 
 
 @torch.no_grad()
@@ -62,6 +71,11 @@ def start_from_pca(model: Autoencoder, patches: Tensor) -> None:
     The blocks keep their weights; with a small LayerScale they start near the identity. Of the c
     latent channels c - 2 carry principal components: LayerNorm takes the mean and the length.
 
+    The channels of both streams are principal components too, strongest first, as many as there
+    are channels: the encoder's blocks see details that the latent drops, and what the decoder's
+    add to a channel is a detail of the patch. A component is divided by the square root of its
+    standard deviation, so that weak ones count for more than in pixels and for less than noise.
+
     Args:
         patches: [N, 3P^2] in [-1, 1], a sample of the training data, N at least a few thousand.
 
@@ -84,26 +98,97 @@ def start_from_pca(model: Autoencoder, patches: Tensor) -> None:
         )
     patches = patches.double()
     mean = patches.mean(0)
-    _, basis = torch.linalg.eigh((patches - mean).T.cov())
+    variance, basis = torch.linalg.eigh((patches - mean).T.cov())
     basis = basis.flip(1)  # [3P^2, 3P^2], strongest component first
-    # The stream is scaled so that what the blocks see, and add to, has unit variance.
-    spread = ((patches - mean) @ basis[:, :components]).square().mean().sqrt()
+    std = variance.flip(0).clamp(min=0).sqrt()
+    spread = std[:components].square().mean().sqrt()
+    # What one unit of a channel stands for; over the components of the latent, the stream that the
+    # blocks see and add to has unit variance.
+    unit = std.clamp(min=float(_WEAKEST * std[0])).sqrt()
+    unit *= (std / unit)[:components].square().mean().sqrt()
 
     frame = _zero_mean_frame(config.latent_channels)  # [c, c-1]
     carrier = frame[:, 0] * _CARRIER * components**0.5
     if config.encoder_width:
         kept = min(config.encoder_width, config.patch_dim)
-        project = basis[:, :kept].T / spread
+        project = basis[:, :kept].T / unit[:kept, None]
         _set_linear(model.patch_embed, project, -project @ mean)
-        _set_linear(model.to_code, frame[:, 1:], carrier)
+        _set_linear(model.to_code, frame[:, 1:] * unit[:components] / spread, carrier)
     else:
         project = frame[:, 1:] @ basis[:, :components].T / spread
         _set_linear(model.to_code, project, carrier - project @ mean)
 
     # The latent is sqrt(c) * code / |code|; undo that at the typical length of a code.
     length = (components * (1 + _CARRIER**2)) ** 0.5 / config.latent_channels**0.5
-    _set_linear(model.decoder_embed, frame[:, 1:].T * length, torch.zeros(components))
-    _set_linear(model.to_pixels, basis[:, :components] * spread, mean)
+    embed = frame[:, 1:].T * length * spread / unit[:components, None]
+    _set_linear(model.decoder_embed, embed, torch.zeros(components))
+    kept = min(config.decoder_width, config.patch_dim)
+    _set_linear(model.to_pixels, basis[:, :kept] * unit[:kept], mean)
+
+
+@torch.no_grad()
+def attend_to_neighbors(model: Autoencoder) -> None:
+    """Let the heads of every block start with looking at the patches beside their own, in place.
+
+    Heads look left, right, up and down in turn, whatever the patches hold; their values keep their
+    weights. The idea is that of ConViT (arXiv:2103.10697), here by RoPE: q and k are read from a
+    constant channel of the stream, the last, which is taken from the linear layers around the
+    blocks; q is k rotated by the offset, so that their product is greatest there. Call it last.
+    """
+    starts = []
+    if model.config.encoder_depth:
+        starts.append(model.patch_embed)
+    if model.config.decoder_depth:
+        starts.append(model.decoder_embed)
+        _assign(model.to_pixels.weight, _with_last(model.to_pixels.weight, column=0.0))
+    for linear in starts:
+        _assign(linear.weight, _with_last(linear.weight, row=0.0))
+        _assign(linear.bias, _with_last(linear.bias, row=1.0))
+    for block in model.modules():
+        if not isinstance(block, Block):
+            continue
+        attention = block.attn
+        qkv = _whole(attention.qkv_proj.weight).unflatten(0, (3, attention.num_heads, -1))
+        qkv[:2] *= _CONTENT
+        for head in range(attention.num_heads):
+            q, k = _looking_at(_NEIGHBORS[head % len(_NEIGHBORS)], attention.head_dim)
+            qkv[0, head, :, -1], qkv[1, head, :, -1] = q.to(qkv), k.to(qkv)
+        _assign(attention.qkv_proj.weight, qkv.flatten(0, 2))
+        for norm in (attention.norm_q, attention.norm_k):
+            nn.init.constant_(norm.weight, _SHARPNESS)
+
+
+def _looking_at(offset: tuple[int, int], head_dim: int) -> tuple[Tensor, Tensor]:
+    """Return q and k [head_dim], of length 1, whose product under RoPE peaks at an offset.
+
+    With k = (a, 0) and q = (a cos(w d), a sin(w d)) in the pair of channels of frequency w, the
+    product at a distance x is a^2 cos(w (x - d)). High frequencies tell neighbours apart, so that
+    a^2 is proportional to w.
+    """
+    step = torch.arange(head_dim // 4)
+    frequency = ROPE_THETA ** (-2 * step / (head_dim / 2))
+    amplitude = (frequency / frequency.sum() / 2).sqrt()
+    angle = torch.stack([distance * frequency for distance in offset])  # [2, head_dim/4]
+    q = torch.stack((angle.cos(), angle.sin()), dim=-1) * amplitude[:, None]
+    k = torch.stack((torch.ones_like(angle), torch.zeros_like(angle)), dim=-1)
+    return q.flatten(), (k * amplitude[:, None]).flatten()
+
+
+def _with_last(
+    parameter: Tensor, *, row: float | None = None, column: float | None = None
+) -> Tensor:
+    """Return the values of a parameter with another last row or column."""
+    value = _whole(parameter)
+    if row is not None:
+        value[-1] = row
+    if column is not None:
+        value[:, -1] = column
+    return value
+
+
+def _whole(parameter: Tensor) -> Tensor:
+    """Return a copy of all values of a parameter, sharded or not; called by every rank."""
+    return (parameter.full_tensor() if isinstance(parameter, DTensor) else parameter).clone()
 
 
 def _set_linear(linear: torch.nn.Linear, weight: Tensor, bias: Tensor) -> None:

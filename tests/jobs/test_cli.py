@@ -85,7 +85,8 @@ def test_unknown_command_and_recipe_name_the_nearest(vitok) -> None:
         (["train", "quickstart", "--optim.lrr", "3"], ["--optim.lrr", "--optim.lr"]),
         (["train", "quickstart", "--optim.lr", "much"], ["--optim.lr", "'much'"]),
         (["train", "quickstart", "--optim.lr", "-1"], ["lr=-1.0", "must be positive"]),
-        (["train", "quickstart", "--start", "magic"], ["--start", "random", "pca"]),
+        (["train", "quickstart", "--freeze", "magic"], ["--freeze", "none", "encoder"]),
+        (["export", "run", "folder", "--averaged"], ["--averaged", "--average"]),
         (["evaluate", "--model", "m"], ["--manifest"]),
         (["encode", "--modle", "m"], ["--modle"]),
         (["quickstart", "--frehs"], ["--frehs", "--fresh"]),
@@ -104,7 +105,9 @@ def test_wrong_field_is_named(vitok, arguments: list[str], named: list[str]) -> 
 
 HELPS = [
     *([name] for name in ("quickstart", "evaluate", "reconstruct", "models", "encode", "ui")),
-    *(["train", name] for name in TRAINING),
+    ["export"],
+    # The other recipes have the same fields.
+    *(["train", name] for name in ("quickstart", "finetune-350m-f16x64-decoder")),
     *(["corpus", name] for name in CORPUS_COMMANDS),
     ["latents", "verify"],
     ["latents", "stats"],
@@ -150,7 +153,9 @@ def test_overview_lists_every_command(vitok) -> None:
     assert all(re.search(rf"^  {name}\b", asked.out, re.MULTILINE) for name in COMMANDS)
     recipes = vitok("train")
     assert recipes.status == 2
-    assert all(name in recipes.out for name in TRAINING)
+    for name in TRAINING:
+        assert re.search(rf"^  {name} +\S.*\.$", recipes.out, re.MULTILINE), name
+    assert max(map(len, recipes.out.splitlines())) <= 110
 
 
 def test_training_without_images_is_told_how_to_get_them(vitok, tmp_path: Path) -> None:
@@ -158,6 +163,16 @@ def test_training_without_images_is_told_how_to_get_them(vitok, tmp_path: Path) 
     assert sentence.startswith("data.manifest is empty; make one with `vitok corpus index")
     sentence = complaint(vitok("train", "quickstart", "--data.manifest", tmp_path / "nowhere"))
     assert f"{tmp_path}/nowhere: no manifest in this folder; `vitok corpus index" in sentence
+    assert not (tmp_path / "here" / "runs").exists(), "nothing was begun"
+
+
+def test_start_without_weights_is_refused(
+    vitok, sample_manifests: tuple[Path, Path], tmp_path: Path
+) -> None:
+    arguments = ["train", "quickstart", "--data.manifest", sample_manifests[0], "--start", "350m"]
+    sentence = complaint(vitok(*arguments))
+    assert sentence.startswith("start='350m' is neither random nor pca, and there are no weights: ")
+    assert "did you mean 350M-f16x" in sentence
     assert not (tmp_path / "here" / "runs").exists(), "nothing was begun"
 
 

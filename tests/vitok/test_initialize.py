@@ -9,10 +9,11 @@ from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
 
 from vitok.autoencoder import Autoencoder
-from vitok.initialize import start_at_random, start_from_pca
+from vitok.initialize import attend_to_neighbors, start_at_random, start_from_pca
 from vitok.metrics import constant_patches, psnr
 from vitok.packed import pack_images, unpack_images
 from vitok.parallel import shard_model
+from vitok.transformer import rope_rotation
 
 CHANNELS = 24
 
@@ -141,8 +142,47 @@ def test_sharded_models_start_with_the_same_weights(make_autoencoder, images, tm
         for model in (whole, sharded):
             start_at_random(model, seed=1)
             start_from_pca(model, pack_images(images, patch_size=8).tokens)
+            attend_to_neighbors(model)
         for (name, a), b in zip(whole.named_parameters(), sharded.parameters(), strict=True):
             assert isinstance(b, DTensor), name
             assert torch.equal(a, b.full_tensor()), name
     finally:
         dist.destroy_process_group()
+
+
+@torch.no_grad()
+def test_heads_start_with_looking_left_right_up_and_down(make_autoencoder, images):
+    model = make_autoencoder(
+        latent_channels=CHANNELS,
+        **{"encoder_width": 256, "encoder_heads": 4, "decoder_width": 256, "decoder_heads": 4},
+    )
+    start_at_random(model, seed=0)
+    start_from_pca(model, pack_images(images, patch_size=8).tokens)
+    attend_to_neighbors(model)
+    packed = pack_images(images[:1], patch_size=8)  # 9 x 9 patches
+    latents = model.encode_packed(packed)
+    streams = {
+        "encoder": model.patch_embed(packed.tokens),
+        "decoder": model.decoder_embed(latents.tokens),
+    }
+    middle = 4 * 9 + 4
+    for part, x_TW in streams.items():
+        for block in getattr(model, f"{part}_blocks"):
+            q_THD, k_THD, _ = block.attn.project(
+                block.norm1(x_TW), rope_rotation(packed.patch_coord, 64)
+            )
+            scores_HT = torch.einsum("hd,thd->ht", q_THD[middle], k_THD) / 64**0.5
+            weights_HT = scores_HT.softmax(dim=-1)
+            assert weights_HT.argmax(dim=-1).tolist() == [
+                middle - 1,
+                middle + 1,
+                middle - 9,
+                middle + 9,
+            ], part
+            assert weights_HT.amax(dim=-1).min() > 0.6, part
+
+
+def test_looking_at_neighbors_keeps_the_quality_of_the_pca(started, images):
+    before = mean_psnr(started, images)
+    attend_to_neighbors(started)
+    assert abs(mean_psnr(started, images) - before) < 0.5

@@ -228,7 +228,7 @@ def train_sharded(folder: Path) -> None:
     optimizer = build_optimizer(model, MUON)
     for step in range(NUM_STEPS):
         if step == CHECKPOINT_STEP:
-            TrainState(model, optimizer).save(folder / "checkpoint", {"step": step})
+            TrainState(model, optimizer).save(folder / "checkpoint", {"step": step}).result()
         take_step(model, optimizer, step)
     weights = {name: full(p.detach()) for name, p in model.named_parameters()}
     rank = dist.get_rank()
