@@ -1,6 +1,9 @@
-"""Driver of a training whose workers write down which samples they see; the tests kill it.
+"""Driver of a training whose workers write down which samples they see; the tests disturb it.
 
-Usage: recording_training.py CONFIG.json NOTES_FOLDER [STEP_AT_WHICH_RANK_1_KILLS_ITSELF_ONCE]
+Runs `vitok train`, on the cluster that RAY_ADDRESS names.
+
+Usage: recording_training.py CONFIG.json NOTES_FOLDER RECORDING_AS_JSON
+where RECORDING are the keyword arguments of recording_worker.
 """
 
 import functools
@@ -8,6 +11,7 @@ import json
 import os
 import signal
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -16,18 +20,30 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from jobs import cli, recipes
 from pipelines import train_autoencoder
 from pipelines.ingest import PackedRow
-from pipelines.launch import launch
-from pipelines.tracking import open_run
-from pipelines.train_autoencoder import AutoencoderTraining, plan_of, prepare
+from pipelines.train_autoencoder import AutoencoderTraining
 from vitok.config import read_config
 
+# Names a group of workers, or * for all, and the step from which on it waits. What is to happen
+# before that step cannot come too late.
+HOLD_FILE = "hold"
 
-def recording_worker(given: dict[str, Any], notes: Path, fatal_step: int | None) -> None:
-    """Run the real training worker, with a note of every packed row before it is used."""
+
+def recording_worker(
+    given: dict[str, Any], notes: Path, fatal_step: int | None = None, pause_s: float = 0.0
+) -> None:
+    """Run the real training worker, with a note of every packed row before it is used.
+
+    Args:
+        fatal_step: rank 1 kills itself there, once.
+        pause_s: before every row; makes steps as slow as those of larger models.
+    """
     original = train_autoencoder.reconstruction_step
     rank, pid = dist.get_rank(), os.getpid()
+    node = ray.get_runtime_context().get_node_id()
+    group = os.environ["MASTER_PORT"]
     marker = notes / "killed"
 
     def record(
@@ -40,11 +56,17 @@ def recording_worker(given: dict[str, Any], notes: Path, fatal_step: int | None)
         if rank == 1 and row.step == fatal_step and not marker.exists():
             marker.touch()
             os.kill(pid, signal.SIGKILL)
+        while must_wait(notes, group, row.step):
+            time.sleep(0.02)
+        time.sleep(pause_s)
         note = {
+            "time": time.time(),
             "step": row.step,
             "rank": rank,
             "world_size": dist.get_world_size(),
-            "group": os.environ["MASTER_PORT"],
+            "group": group,
+            "pid": pid,
+            "node": node,
             "keys": row.keys,
         }
         with (notes / f"{pid}.jsonl").open("a") as file:
@@ -55,18 +77,22 @@ def recording_worker(given: dict[str, Any], notes: Path, fatal_step: int | None)
     train_autoencoder._worker(given)
 
 
-def main() -> None:
-    """Train by the config, on the cluster that RAY_ADDRESS names."""
-    settings = read_config(Path(sys.argv[1]), AutoencoderTraining)
-    notes = Path(sys.argv[2])
-    fatal_step = int(sys.argv[3]) if len(sys.argv) > 3 else None
-    worker = functools.partial(recording_worker, notes=notes, fatal_step=fatal_step)
-    prepare(settings)
-    ray.init(log_to_driver=False)
-    run = settings.run
-    with open_run(run.folder, run.name, run.tracking, run.storage, settings) as tracker:
-        launch(worker, settings, plan_of(settings), tracker)
+def must_wait(notes: Path, group: str, step: int) -> bool:
+    """Whether HOLD_FILE says that a group shall not begin a step yet."""
+    try:
+        waiting, first = (notes / HOLD_FILE).read_text().split()
+    except FileNotFoundError:
+        return False
+    return waiting in ("*", group) and step >= int(first)
+
+
+def train(config: Path, notes: Path, **recording: Any) -> int:
+    """Run `vitok train` with a config and recording workers; returns its exit status."""
+    settings = read_config(config, AutoencoderTraining)
+    recipes.TRAINING["recorded"] = lambda: settings
+    train_autoencoder._worker = functools.partial(recording_worker, notes=notes, **recording)
+    return cli.main(["train", "recorded"])
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(train(Path(sys.argv[1]), Path(sys.argv[2]), **json.loads(sys.argv[3])))

@@ -1,13 +1,8 @@
+import functools
 import json
-import os
 import signal
-import subprocess
-import sys
-import time
-from collections import defaultdict
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 import ray
@@ -17,79 +12,27 @@ from mlflow.tracking import MlflowClient
 from pipelines import train_autoencoder
 from pipelines.ingest import load_step
 from pipelines.plan import Stage
-from pipelines.runs import RunConfig, latest_checkpoint, next_step
+from pipelines.runs import latest_checkpoint, next_step
 from pipelines.tracking import TrackingConfig, metric_history, tracking_uri
 from pipelines.train_autoencoder import (
     AutoencoderTraining,
     export_weights,
-    initialize,
-    latent_noise,
     load_autoencoder,
     plan_of,
     prepare,
     read_settings,
     run_training,
 )
-from vitok.autoencoder import Autoencoder
+from tests.pipelines.recorded_runs import (
+    check_losses,
+    check_order,
+    ended,
+    repeated_steps,
+    start_driver,
+    wait_for_step,
+)
 from vitok.config import write_config
-from vitok.losses import ReconstructionLoss
-from vitok.optim import build_optimizer, learning_rate
 from vitok.parallel import ParallelConfig
-
-DRIVER = Path(__file__).with_name("recording_training.py")
-
-
-def train_plainly(settings: AutoencoderTraining) -> tuple[list[float], dict[str, torch.Tensor]]:
-    """Train in one process without Ray, sharding or accumulation tricks: the reference.
-
-    Returns:
-        the mean loss of every step, and the final weights.
-    """
-    plan = plan_of(settings)
-    model = Autoencoder(settings.model)
-    initialize(model, settings, plan)
-    optimizer = build_optimizer(model, settings.optim)
-    loss_of = ReconstructionLoss(settings.loss)
-    num_images = sum(stage.steps * stage.images_per_step for stage in plan.stages)
-    losses, before = [], 0
-    for step in range(plan.num_steps):
-        rows = load_step(plan, step)
-        images = sum(len(row.keys) for row in rows)
-        assert images == plan.stage_of(step).images_per_step
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(settings.optim, (before + images / 2) / num_images)
-        before += images
-        total = torch.zeros(())
-        for row in rows:
-            packed, position = row.to_packed(torch.device("cpu"))
-            noise = latent_noise(settings, row, packed.tokens.device)
-            total = total + loss_of(model(packed, noise=noise), packed, position)["loss"]
-        (total / images).backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), settings.optim.clip_norm)
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(total.item() / images)
-    return losses, model.state_dict()
-
-
-def start_driver(settings: AutoencoderTraining, notes: Path, *arguments: str) -> subprocess.Popen:
-    config = notes / "config.json"
-    write_config(config, settings)
-    address = ray.get_runtime_context().gcs_address
-    return subprocess.Popen(
-        [sys.executable, str(DRIVER), str(config), str(notes), *arguments],
-        env=os.environ | {"RAY_ADDRESS": address},
-        stdout=(notes / "driver.log").open("a"),
-        stderr=subprocess.STDOUT,
-    )
-
-
-def wait_for_step(driver: subprocess.Popen, run: RunConfig, step: int, timeout_s: float) -> None:
-    deadline = time.monotonic() + timeout_s
-    while next_step(run.folder) < step:
-        assert driver.poll() is None, "the training ended before it could be killed"
-        assert time.monotonic() < deadline, f"no checkpoint of step {step} in {timeout_s} s"
-        time.sleep(0.05)
 
 
 def test_killed_run_resumes_with_the_same_samples_and_losses_as_one_never_killed(
@@ -111,57 +54,29 @@ def test_killed_run_resumes_with_the_same_samples_and_losses_as_one_never_killed
     )
     num_steps = plan_of(settings).num_steps
 
-    first = start_driver(settings, notes, "5")  # a worker dies, its group restarts
-    try:
+    address = ray.get_runtime_context().gcs_address
+    start = functools.partial(start_driver, "recording_training", RAY_ADDRESS=address)
+    # A worker dies, its group restarts.
+    first = start(settings, notes, json.dumps({"fatal_step": 5}))
+    with ended(first):
         wait_for_step(first, settings.run, 9, timeout_s=240)
-    finally:
-        first.kill()  # SIGKILL to the driver
     assert first.wait() == -signal.SIGKILL
     assert (notes / "killed").exists()
     assert 9 <= next_step(settings.run.folder) < num_steps
 
     last = replace(settings, run=replace(settings.run, num_workers=1))
-    assert start_driver(last, notes).wait(timeout=300) == 0, (notes / "driver.log").read_text()
+    assert start(last, notes, "{}").wait(timeout=300) == 0, (notes / "driver.log").read_text()
     assert next_step(settings.run.folder) == num_steps
 
-    _check_order(notes, settings)
-    losses, weights = train_plainly(settings)
-    recorded = metric_history(settings.run.folder, "loss")
-    assert [step for step, _ in recorded] == list(range(1, num_steps + 1)), "once a step"
-    torch.testing.assert_close([value for _, value in recorded], losses, rtol=2e-4, atol=0)
+    attempts = check_order(notes, settings)
+    assert [attempt.world_size for attempt in attempts] == [2, 2, 1]
+    # Each kill costs the steps since the newest checkpoint. These steps are so short that the
+    # checkpoint before may still be on its way into Ray's record.
+    assert sum(repeated_steps(attempts)) <= 2 * 2 * settings.run.checkpoint_every
+    weights = check_losses(settings)
     trained = load_autoencoder(settings.run.folder.uri).state_dict()
     for name, expected in weights.items():
         torch.testing.assert_close(trained[name], expected, rtol=0, atol=2e-3, msg=name)
-
-
-def _check_order(notes: Path, settings: AutoencoderTraining) -> None:
-    """Compare the ordered keys of every step, in every attempt that ran it, with the plan."""
-    plan = plan_of(settings)
-    # attempt -> step -> rank -> keys of its rows
-    attempts: dict[str, Any] = defaultdict(lambda: defaultdict(lambda: defaultdict(list)))
-    world_sizes: dict[str, int] = {}
-    for file in notes.glob("*.jsonl"):
-        for line in file.read_text().splitlines():
-            note = json.loads(line)
-            attempts[note["group"]][note["step"]][note["rank"]].append(note["keys"])
-            world_sizes[note["group"]] = note["world_size"]
-    assert sorted(world_sizes.values()) == [1, 2, 2], "two groups of two, then one worker"
-    complete: set[int] = set()
-    repeated = 0
-    for group, steps in attempts.items():
-        for step, by_rank in steps.items():
-            expected = [row.keys for row in load_step(plan, step)]
-            passes = -(-len(expected) // world_sizes[group])
-            if any(len(by_rank[rank]) < passes for rank in range(world_sizes[group])):
-                continue  # killed in the middle of this step
-            in_turn = [by_rank[r][i] for i in range(passes) for r in range(world_sizes[group])]
-            assert in_turn[: len(expected)] == expected, f"step {step} of attempt {group}"
-            repeated += step in complete
-            complete.add(step)
-    assert complete == set(range(plan.num_steps))
-    # Two kills, each of which costs the steps since the newest checkpoint. These steps are so short
-    # that the checkpoint before may still be on its way into Ray's record.
-    assert repeated <= 2 * 2 * settings.run.checkpoint_every
 
 
 def test_finished_run_is_recorded_exported_and_not_trained_again(
@@ -226,10 +141,15 @@ def test_too_many_unreadable_samples_stop_the_run_and_are_named(
     tmp_path: Path,
 ) -> None:
     settings = _on_damaged_corpus(tiny_training, tmp_path)
-    settings = replace(settings, data=replace(settings.data, max_unreadable=0.001))
+    settings = replace(
+        settings,
+        data=replace(settings.data, max_unreadable=0.001),
+        run=replace(settings.run, max_failures=2),
+    )
     prepare(settings)
-    with pytest.raises(RuntimeError, match=r"samples were unreadable.*max_unreadable=0\.001"):
+    with pytest.raises(RuntimeError, match=r"unreadable.*max_unreadable=0\.001") as error:
         run_training(settings)
+    assert error.value.__cause__ is None, "not tried again, so no failure of Ray Train"
     assert next_step(settings.run.folder) == 0
 
 
@@ -311,11 +231,11 @@ def test_gradient_that_is_not_finite_stops_before_the_optimizer_and_names_the_sa
         tiny_training,
         # Above the largest float32, the first step's weighted loss is infinite.
         loss=replace(tiny_training.loss, charbonnier=3e38, ssim=3e38),
-        run=replace(tiny_training.run, max_failures=0),
     )
     first_keys = load_step(plan_of(settings), 0)[0].keys
     with pytest.raises(RuntimeError, match=r"step 0: the gradient's norm is (nan|inf)") as error:
         run_training(prepare(settings))
+    assert error.value.__cause__ is None, "not tried again, so no failure of Ray Train"
     assert "the optimizer has not moved" in str(error.value)
     assert first_keys[0] in str(error.value)
     assert metric_history(settings.run.folder, "loss") == []
