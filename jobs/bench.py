@@ -278,11 +278,83 @@ def train(
     _finish("train", {"model": model, "row_tokens": row_tokens, **rounded}, threads)
 
 
+def quality(
+    minutes: float = 10.0,
+    train_shards: tuple[str, ...] = (),
+    eval_shards: tuple[str, ...] = (),
+    width: int = 256,
+    heads: int = 4,
+    encoder_depth: int = 2,
+    decoder_depth: int = 4,
+    patch_size: int = 16,
+    latent_channels: int = 16,
+    workers: int = 2,
+    max_steps: int = 0,
+    picture: str = "",
+    json: bool = False,
+) -> None:
+    """PSNR and SSIM on held-out photographs after a few minutes of training, beside those of a PCA.
+
+    Args:
+        minutes: from the start of the workers to the end of the last step.
+        train_shards: WebDataset shards: files, folders, globs or URIs; if empty seven eighths of
+            those that the environment variable VITOK_SAMPLE names, else the quickstart's corpus.
+        eval_shards: held-out shards; the other eighth if empty. Whole images at 256 tokens.
+        width: channels of the encoder's and the decoder's tokens.
+        heads: attention heads of both.
+        encoder_depth: blocks of the encoder.
+        decoder_depth: blocks of the decoder.
+        patch_size: pixels along each side of a patch.
+        latent_channels: channels of a patch's latent, which is normalised by LayerNorm.
+        workers: processes that train together, each on one thread.
+        max_steps: end after so many steps, which the schedule then follows too; 0 for no such end.
+        picture: PNG file for originals, reconstructions and error maps; none if empty.
+        json: print the JSON alone.
+    """
+    from jobs.bench_quality import measure_quality, ten_minutes_on_two_cores
+    from vitok.variants import AutoencoderConfig
+
+    def show(line: str) -> None:
+        if not json:
+            print(line, flush=True)
+
+    model = AutoencoderConfig(
+        patch_size=patch_size,
+        latent_channels=latent_channels,
+        encoder_width=width,
+        encoder_depth=encoder_depth,
+        encoder_heads=heads,
+        decoder_width=width,
+        decoder_depth=decoder_depth,
+        decoder_heads=heads,
+    )
+    figures = measure_quality(
+        model=model,
+        recipe=ten_minutes_on_two_cores(),
+        train_shards=train_shards,
+        eval_shards=eval_shards,
+        minutes=minutes,
+        max_steps=max_steps,
+        num_workers=workers,
+        picture=picture,
+        quiet=json,
+    )
+    show(f"PSNR {figures['psnr']:.2f} dB, SSIM {figures['ssim']:.4f}")
+    show(
+        f"a PCA of the patches to {latent_channels} channels: "
+        f"PSNR {figures['pca_psnr']:.2f} dB, SSIM {figures['pca_ssim']:.4f}"
+    )
+    show(f"{figures['steps']} steps, {figures['tokens_per_s']:.0f} tokens/s")
+    rounded = {k: round(v, 5) if isinstance(v, float) else v for k, v in figures.items()}
+    _finish("quality", {"minutes": minutes, **rounded}, threads=workers)
+
+
 BENCHMARKS: dict[str, Callable[..., None]] = {
     "attention": attention,
     "inference": inference,
     "ingest": ingest,
     "train": train,
+    "quality": quality,
 }
 
 

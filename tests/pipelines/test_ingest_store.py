@@ -129,7 +129,7 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Store]:
     indexes = [index_shard(path) for path in paths]
     near = write_manifest(indexes, folder / "near")
     far = write_manifest(
-        [replace(index, uri=f"s3://corpus/{Path(index.uri).name}") for index in indexes],
+        [replace(index, uri=f"s3://ordered/{Path(index.uri).name}") for index in indexes],
         folder / "far",
     )
     server = moto_server.ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
@@ -142,9 +142,9 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Store]:
         aws_access_key_id="anyone",
         aws_secret_access_key="anything",
     )
-    client.create_bucket(Bucket="corpus")
+    client.create_bucket(Bucket="ordered")
     for path in paths:
-        client.put_object(Bucket="corpus", Key=Path(path).name, Body=Path(path).read_bytes())
+        client.put_object(Bucket="ordered", Key=Path(path).name, Body=Path(path).read_bytes())
     proxy = FaultyProxy(f"http://{host}:{port}")
     with running(proxy):
         yield Store(proxy, near, far)
@@ -284,14 +284,14 @@ def test_a_shard_that_stays_broken_is_named_to_every_consumer(
     ray_cluster: None, store: Store, tmp_path: Path
 ) -> None:
     name = "train-000003.tar"
-    assert f"s3://corpus/{name}" in store.far.uris
+    assert f"s3://ordered/{name}" in store.far.uris
     store.proxy.reset(lambda path: "503" if name in path else None)
     plan = store.plan(tmp_path, max_attempts=3)
     with pytest.raises(ExceptionGroup) as failure:
         consume(plan, 0, [plan.num_steps] * 2)
     assert len(failure.value.exceptions) == 2
     for error in failure.value.exceptions:
-        assert f"s3://corpus/{name}: bytes " in str(error)
+        assert f"s3://ordered/{name}: bytes " in str(error)
         assert "could not be read in 3 attempts" in str(error)
         assert "try again when the store is well" in str(error)
     assert store.proxy.injected["503"] >= 3

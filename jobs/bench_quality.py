@@ -1,0 +1,467 @@
+"""Benchmark of time to quality: how good an autoencoder becomes in a few minutes of training."""
+
+import json
+import os
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+from jobs.bench_ingest import SAMPLE_VARIABLE
+from jobs.sample_corpus import make_sample_corpus
+from pipelines.corpus import Manifest, build_manifest, expand_shards
+from pipelines.decode import UnreadableImage, decode_rgb
+from pipelines.ingest import PackedRow, StepRows, write_patches
+from pipelines.loop import Recipe, train_step
+from pipelines.mixture import Corpus
+from pipelines.plan import whole_view
+from pipelines.reconstruction import (
+    contact_sheet,
+    evaluate_on_all_ranks,
+    evaluate_rows,
+    evaluation_rows,
+    summarize,
+)
+from vitok.autoencoder import Autoencoder, Reconstruction
+from vitok.config import config
+from vitok.flops import training_flops
+from vitok.initialize import attend_to_neighbors, start_at_random, start_from_pca
+from vitok.losses import sum_of_image_means
+from vitok.optim import OptimConfig, build_optimizer, learning_rate
+from vitok.packed import PackedTokens
+from vitok.parallel import shard_model
+from vitok.patches import num_tokens
+from vitok.variants import AutoencoderConfig
+
+_PCA_PATCHES = 16_384
+_MAX_IMAGES = 4096  # that a worker keeps in memory, at 200 kB each
+_NUM_PICTURES = 8
+_REPORT_S = 20.0
+
+
+@config
+class QualityRecipe:
+    """How an autoencoder is trained in little time, by the mean squared error of its pixels.
+
+    The share of the time that is gone stands for the share of images where a schedule asks for it.
+
+    Attributes:
+        optim: optimizer and learning rate.
+        row_tokens: tokens of the one row that every worker does in a step.
+        crop_patches: side of the square crops of the first part, in patches.
+        whole_from: from this share of the time on, images are whole.
+        token_budget: patches of a whole image, in training and in evaluation.
+        neighbors: let the attention heads start with looking at neighbouring patches.
+        compute_dtype: of forward and backward pass.
+        seed: of weights, order and crops.
+    """
+
+    optim: OptimConfig
+    row_tokens: int = 1024
+    crop_patches: int = 8
+    whole_from: float = 0.8
+    token_budget: int = 256
+    neighbors: bool = True
+    compute_dtype: str = "bfloat16"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if max(self.token_budget, self.crop_patches**2) > self.row_tokens:
+            raise ValueError(
+                f"row_tokens={self.row_tokens} must hold a whole image of {self.token_budget} "
+                f"tokens and a crop of {self.crop_patches**2}; raise it"
+            )
+
+
+def ten_minutes_on_two_cores() -> QualityRecipe:
+    """The best of the recipes in docs/benchmarks.md for an f16x16 autoencoder of width 256.
+
+    Two CPU cores with bf16 instructions (AVX-512), 700 photographs, one worker on each core. After
+    820 s of processor time, on a loaded machine: 24.91 dB, SSIM .670; a PCA to as many channels has
+    23.79 dB. Ten minutes of both cores would be 1,200 s: not measured.
+    """
+    return QualityRecipe(optim=OptimConfig(lr=3e-3, weight_decay=0.0, warmup=0.05), row_tokens=512)
+
+
+@dataclass(frozen=True)
+class _Task:
+    """What every worker is given; times are those of `time.monotonic`, one clock for them all."""
+
+    model: AutoencoderConfig
+    recipe: QualityRecipe
+    train_manifest: str
+    eval_manifest: str
+    started: float
+    deadline: float
+    max_steps: int
+    picture: str
+    quiet: bool
+    folder: str
+
+
+def measure_quality(
+    *,
+    model: AutoencoderConfig,
+    recipe: QualityRecipe,
+    train_shards: Sequence[str],
+    eval_shards: Sequence[str],
+    minutes: float,
+    max_steps: int,
+    num_workers: int,
+    picture: str,
+    quiet: bool,
+) -> dict[str, Any]:
+    """Train for some time, and judge the result and a PCA on the same held-out images.
+
+    The time starts before the workers are, so that their start, the decoding of the photographs and
+    the PCA count, and ends with the last step. What comes before (an index of the shards) and after
+    (evaluation) does not.
+
+    Args:
+        minutes: the training ends with the first step that is done after so long.
+        max_steps: or after so many steps, which the schedule then follows too; 0 for no such limit.
+        picture: file for a picture of some reconstructions; none if empty.
+        quiet: report no progress.
+
+    Returns:
+        the figures of the benchmark by name.
+
+    Raises:
+        ValueError: minutes is not positive, or a shard is both trained on and evaluated.
+    """
+    if minutes <= 0:
+        raise ValueError(f"{minutes=} must be positive")
+    with tempfile.TemporaryDirectory(prefix="vitok-bench-") as scratch:
+        train, held_out = _manifests(train_shards, eval_shards, Path(scratch))
+        started = time.monotonic()
+        task = _Task(
+            model=model,
+            recipe=recipe,
+            train_manifest=str(train),
+            eval_manifest=str(held_out),
+            started=started,
+            deadline=started + 60 * minutes,
+            max_steps=max_steps,
+            picture=picture,
+            quiet=quiet,
+            folder=scratch,
+        )
+        torch.multiprocessing.spawn(_worker, (num_workers, task), nprocs=num_workers)
+        figures = json.loads((Path(scratch) / "figures.json").read_text())
+        return figures | pca_figures(train, held_out, model, recipe.token_budget)
+
+
+def _manifests(
+    train_shards: Sequence[str], eval_shards: Sequence[str], folder: Path
+) -> tuple[Path, Path]:
+    """Index what is trained on and what is evaluated, by default an eighth of the shards."""
+    if bool(train_shards) != bool(eval_shards):
+        raise ValueError(
+            "train_shards and eval_shards go together; give both, or neither for the shards that "
+            f"{SAMPLE_VARIABLE} names"
+        )
+    if not train_shards and SAMPLE_VARIABLE not in os.environ:
+        return make_sample_corpus(folder / "corpus")
+    train, held_out = expand_shards(train_shards or [os.environ[SAMPLE_VARIABLE]]), []
+    if eval_shards:
+        held_out = expand_shards(eval_shards)
+    elif len(train) > 1:
+        num_held_out = -(-len(train) // 8)
+        train, held_out = train[:-num_held_out], train[-num_held_out:]
+    else:
+        raise ValueError(
+            f"{train[0]} is the only shard; give others to evaluate on as eval_shards, or point "
+            f"{SAMPLE_VARIABLE} to at least two"
+        )
+    manifests = (build_manifest(train, folder / "train"), build_manifest(held_out, folder / "eval"))
+    digests = [set(manifest.shard_digests.tolist()) for manifest in manifests]
+    if digests[0] & digests[1]:
+        raise ValueError(
+            "a shard of eval_shards is among train_shards, by its content; what is evaluated must "
+            "not have been trained on"
+        )
+    return manifests[0].path, manifests[1].path
+
+
+def _worker(rank: int, num_workers: int, task: _Task) -> None:
+    torch.set_num_threads(1)
+    store = dist.FileStore(f"{task.folder}/store", num_workers)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=num_workers)
+    try:
+        figures = _train_and_judge(init_device_mesh("cpu", (num_workers,)), task)
+        if rank == 0:
+            (Path(task.folder) / "figures.json").write_text(json.dumps(figures))
+    finally:
+        dist.destroy_process_group()
+
+
+def _train_and_judge(mesh: DeviceMesh, task: _Task) -> dict[str, Any]:
+    """Do what a worker does: all of it but the index of the shards and the PCA to compare with."""
+    recipe, device = task.recipe, torch.device("cpu")
+    patch_size, rank = task.model.patch_size, mesh.get_rank()
+    photographs, num_skipped = decode_photographs(
+        Manifest.load(task.train_manifest), patch_size, recipe.token_budget
+    )
+    with torch.device("meta"):
+        model = Autoencoder(task.model)
+    shard_model(model, mesh, getattr(torch, recipe.compute_dtype))
+    model.to_empty(device=device)
+    _start(model, photographs, recipe)
+    crops = Crops(photographs, patch_size, recipe.row_tokens, seed=recipe.seed, rank=rank)
+    first_step = time.monotonic()
+    progress = _train(model, crops, task, is_first=rank == 0)
+    ended = time.monotonic()
+    # All of the process so far: below the number of workers, the machine had other things to do.
+    processor_s = torch.tensor(time.process_time(), dtype=torch.float64)
+    dist.all_reduce(processor_s)
+
+    held_out = evaluation_rows(
+        Manifest.load(task.eval_manifest),
+        patch_size=patch_size,
+        token_budget=recipe.token_budget,
+        row_tokens=recipe.row_tokens,
+    )
+    results, pictures = evaluate_on_all_ranks(model, held_out, device, _NUM_PICTURES)
+    if task.picture and rank == 0:
+        Image.fromarray(contact_sheet(pictures)).save(task.picture)
+    summary = summarize(results)
+    return {
+        "psnr": summary["eval_psnr"],
+        "ssim": summary["eval_ssim"],
+        **asdict(progress),
+        "tokens_per_s": progress.tokens / (ended - first_step),
+        "start_s": first_step - task.started,
+        "train_s": ended - task.started,
+        "cores_used": float(processor_s) / (ended - task.started),
+        "train_images": len(photographs),
+        "skipped_images": num_skipped,
+        "eval_images": len(results),
+    }
+
+
+@dataclass
+class _Progress:
+    """What all workers together have done so far; the loss is that of the last step."""
+
+    steps: int = 0
+    tokens: int = 0
+    squared_error: float = 0.0
+
+
+def _train(model: Autoencoder, crops: "Crops", task: _Task, *, is_first: bool) -> _Progress:
+    """Train from the first weights to the end of the time; one step at least."""
+    recipe, progress = task.recipe, _Progress()
+    optimizer = build_optimizer(model, recipe.optim)
+    loop_recipe = Recipe(
+        step=squared_error_step,
+        flops=lambda row: training_flops(task.model, row.image_tokens),
+        initialize=lambda model: None,
+        evaluate=None,
+        story={},
+    )
+    began = reported = time.monotonic()
+    while True:
+        now = time.monotonic()
+        done = (now - began) / max(1e-9, task.deadline - began)
+        if task.max_steps:
+            done = max(done, progress.steps / task.max_steps)
+        done = _of_first_rank(done)
+        if done >= 1 and progress.steps:
+            return progress
+        for group in optimizer.param_groups:
+            # The warm-up begins at a rate of 0, with which the first step would be none.
+            group["lr"] = learning_rate(recipe.optim, max(done, 1e-3))
+        row = crops.row(None if done >= recipe.whole_from else recipe.crop_patches)
+        outcome = train_step(
+            model,
+            optimizer,
+            loop_recipe,
+            StepRows(step=progress.steps, rows=[row], retries={}),
+            recipe.optim.clip_norm,
+            torch.device("cpu"),
+            leaves=False,
+        )
+        _, num_images, num_tokens = outcome.values[:3].tolist()
+        progress.steps += 1
+        progress.tokens += int(num_tokens)
+        progress.squared_error = float(outcome.values[-1]) / num_images
+        if is_first and not task.quiet and now - reported > _REPORT_S:
+            reported = now
+            print(
+                f"{done:6.1%}  step {progress.steps:5d}  "
+                f"squared error {progress.squared_error:.5f}",
+                flush=True,
+            )
+
+
+def _of_first_rank(value: float) -> float:
+    """Return the first worker's value on all of them: they must agree on the end."""
+    tensor = torch.tensor(value, dtype=torch.float64)
+    dist.broadcast(tensor, src=0)
+    return float(tensor)
+
+
+def _start(
+    model: Autoencoder, photographs: Sequence[NDArray[np.uint8]], recipe: QualityRecipe
+) -> None:
+    """Set the first weights; the same photographs on every rank give the same weights."""
+    start_at_random(model, recipe.seed)
+    start_from_pca(model, sample_patches(photographs, model.config.patch_size))
+    if recipe.neighbors:
+        attend_to_neighbors(model)
+
+
+def squared_error_step(model: nn.Module, row: PackedRow, device: torch.device) -> dict[str, Tensor]:
+    """Return the squared error of a row, mean over each image's pixels, summed over its images."""
+    packed, _ = row.to_packed(device)
+    error = model(packed).pixels.tokens.float() - packed.tokens
+    return {"loss": sum_of_image_means(error.square().mean(dim=-1), packed)}
+
+
+def decode_photographs(
+    manifest: Manifest, patch_size: int, token_budget: int
+) -> tuple[list[NDArray[np.uint8]], int]:
+    """Decode images once, at the size at which they are evaluated.
+
+    Returns:
+        uint8 [height, width, 3] of the first images, and how many of them were unreadable.
+    """
+    count = min(manifest.num_samples, _MAX_IMAGES)
+    records = manifest.records(np.arange(count))
+    photographs: list[NDArray[np.uint8]] = []
+    for index, encoded in enumerate(Corpus.of(manifest).read(records)):
+        view = whole_view(records, index, patch_size, token_budget)
+        try:
+            photographs.append(decode_rgb(encoded, size=view.size))
+        except UnreadableImage:
+            continue
+    return photographs, count - len(photographs)
+
+
+def sample_patches(photographs: Sequence[NDArray[np.uint8]], patch_size: int) -> Tensor:
+    """Return about _PCA_PATCHES patches [N, 3P^2] in [-1, 1], spread over the photographs."""
+    each = max(1, _PCA_PATCHES // len(photographs))
+    rng = np.random.default_rng(0)
+    found = []
+    for pixels in photographs:
+        patches = _patches_of(pixels, patch_size)
+        found.append(patches[rng.permutation(len(patches))[:each]])
+    return torch.from_numpy(np.concatenate(found)).float() / 127.5 - 1.0
+
+
+def _patches_of(pixels: NDArray[np.uint8], patch_size: int) -> NDArray[np.uint8]:
+    """Return the patches [N, 3P^2] that lie inside an image; all of a smaller image, padded."""
+    height, width = (max(side, patch_size) // patch_size * patch_size for side in pixels.shape[:2])
+    pixels = pixels[:height, :width]
+    patches = np.empty((height * width // patch_size**2, 3 * patch_size**2), dtype=np.uint8)
+    write_patches(pixels, patches, patch_size)
+    return patches
+
+
+class Crops:
+    """Packed rows of random crops of photographs in memory, mirrored or not.
+
+    Every photograph is used once before any is used again. Ranks draw from streams of their own.
+    """
+
+    def __init__(
+        self,
+        photographs: Sequence[NDArray[np.uint8]],
+        patch_size: int,
+        row_tokens: int,
+        *,
+        seed: int,
+        rank: int,
+    ) -> None:
+        self._photographs = photographs
+        self._patch_size = patch_size
+        self._row_tokens = row_tokens
+        self._rng = np.random.default_rng((seed, rank))
+        self._order = self._shuffled()
+        self._left_over: NDArray[np.uint8] | None = None
+
+    def row(self, side: int | None) -> PackedRow:
+        """Fill a row with crops of at most `side` x `side` patches, whole images if None."""
+        crops: list[NDArray[np.uint8]] = []
+        free = self._row_tokens
+        while True:
+            crop = self._crop(side) if self._left_over is None else self._left_over
+            length = num_tokens(*crop.shape[:2], self._patch_size)
+            # What does not fit is the first of the next row.
+            self._left_over = crop if length > free else None
+            if length > free:
+                break
+            crops.append(crop)
+            free -= length
+            if not free:
+                break
+        return _pack(crops, self._patch_size, self._row_tokens)
+
+    def _shuffled(self) -> Iterator[int]:
+        while True:
+            yield from self._rng.permutation(len(self._photographs)).tolist()
+
+    def _crop(self, side: int | None) -> NDArray[np.uint8]:
+        pixels = self._photographs[next(self._order)]
+        if side is not None:
+            most = side * self._patch_size
+            top, left = (
+                int(self._rng.integers(max(0, length - most) + 1)) for length in pixels.shape[:2]
+            )
+            pixels = pixels[top : top + most, left : left + most]
+        return pixels[:, ::-1] if self._rng.integers(2) else pixels
+
+
+def _pack(images: Sequence[NDArray[np.uint8]], patch_size: int, row_tokens: int) -> PackedRow:
+    lengths = [num_tokens(*image.shape[:2], patch_size) for image in images]
+    patches = np.zeros((row_tokens, 3 * patch_size**2), dtype=np.uint8)
+    end = 0
+    for image, length in zip(images, lengths, strict=True):
+        start, end = end, end + length
+        write_patches(image, patches[start:end], patch_size)
+    return PackedRow(
+        step=0,
+        patches=patches,
+        image_size=np.array([image.shape[:2] for image in images], dtype=np.int32),
+        tile_position=np.zeros((len(images), 2), dtype=np.float32),
+        keys=[""] * len(images),
+        skipped=[],
+        max_seqlen=max(lengths),
+    )
+
+
+def pca_figures(
+    train_manifest: Path, eval_manifest: Path, model: AutoencoderConfig, token_budget: int
+) -> dict[str, float]:
+    """Judge a PCA of the training patches to as many channels as the latent has."""
+    photographs, _ = decode_photographs(
+        Manifest.load(train_manifest), model.patch_size, token_budget
+    )
+    patches = sample_patches(photographs, model.patch_size).double()
+    mean = patches.mean(0)
+    _, basis = torch.linalg.eigh((patches - mean).T.cov())
+    kept = basis[:, -model.latent_channels :]
+
+    def reconstruct(packed: PackedTokens) -> Reconstruction:
+        codes = (packed.tokens.double() - mean) @ kept
+        pixels = packed.with_tokens((codes @ kept.T + mean).float())
+        return Reconstruction(pixels=pixels, latents=packed.with_tokens(codes.float()), kl_T=None)
+
+    rows = evaluation_rows(
+        Manifest.load(eval_manifest),
+        patch_size=model.patch_size,
+        token_budget=token_budget,
+        row_tokens=4096,
+    )
+    summary = summarize(evaluate_rows(reconstruct, rows, torch.device("cpu"), 0)[0])
+    return {"pca_psnr": summary["eval_psnr"], "pca_ssim": summary["eval_ssim"]}
