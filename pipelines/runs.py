@@ -22,7 +22,8 @@ class RunConfig:
         storage: folder or `s3://` prefix that holds runs.
         num_workers: training processes, one for each GPU; the most of them if min_workers is set.
         min_workers: go on with as few where nodes are lost, and take new ones in as they come; the
-            global batch stays what it is. 0 always waits for all num_workers.
+            global batch stays what it is. 0 always waits for all num_workers. Growing takes cores
+            that are free: nodes need more than the workers take, or nothing is left to read with.
         cpus_per_worker: CPU cores that Ray sets aside for each of them.
         use_gpu: train on GPUs.
         compute_dtype: of matrix products; master weights and reductions are float32.
