@@ -266,8 +266,6 @@ def _train(model: Autoencoder, crops: "Crops", task: _Task, *, is_first: bool) -
         step=squared_error_step,
         flops=lambda row: training_flops(task.model, row.image_tokens),
         initialize=lambda model: None,
-        evaluate=None,
-        story={},
     )
     began = reported = time.monotonic()
     while True:

@@ -22,13 +22,14 @@ from pipelines.runs import RunConfig
 from pipelines.tracking import metric_history
 from pipelines.train_autoencoder import (
     AutoencoderTraining,
+    build_model,
     plan_of,
     prepare,
     reconstruction_step,
+    row_flops,
     run_training,
 )
-from vitok.autoencoder import Autoencoder
-from vitok.flops import peak_flops, training_flops
+from vitok.flops import peak_flops
 from vitok.initialize import start_at_random
 from vitok.losses import LossConfig, ReconstructionLoss
 from vitok.optim import Optimizers, build_optimizer
@@ -164,8 +165,7 @@ class _Trainee:
         cls, settings: AutoencoderTraining, parallel: ParallelConfig, device: torch.device
     ) -> "_Trainee":
         """Build the model, sharded over the one rank."""
-        with torch.device("meta"):
-            model = Autoencoder(settings.model)
+        model = build_model(settings)
         prepare_blocks(model, parallel)
         shard_model(model, init_device_mesh(device.type, (1,)), torch.bfloat16)
         start_at_random(model.to_empty(device=device), settings.seed)
@@ -176,10 +176,8 @@ class _Trainee:
 
         recipe = Recipe(
             step=step,
-            flops=lambda row: training_flops(settings.model, row.image_tokens),
+            flops=lambda row: row_flops(settings, row),
             initialize=lambda model: None,
-            evaluate=None,
-            story={},
         )
         optimizer = build_optimizer(model, settings.optim)
         return cls(model, optimizer, recipe, loss, settings, device)

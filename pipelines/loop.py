@@ -7,7 +7,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -65,8 +65,8 @@ class Recipe:
     step: Callable[[nn.Module, ingest.PackedRow, torch.device], dict[str, Tensor]]
     flops: Callable[[ingest.PackedRow], float]
     initialize: Callable[[Any], None]
-    evaluate: Callable[[nn.Module, torch.device], Evaluation] | None
-    story: dict[str, Any]
+    evaluate: Callable[[nn.Module, torch.device], Evaluation] | None = None
+    story: dict[str, Any] = field(default_factory=dict)
 
 
 def fit(

@@ -14,14 +14,14 @@ from pipelines.ingest import PackedRow, StepRows, load_share, shares_of_step
 from pipelines.loop import Outcome, Recipe, settle, train_step
 from pipelines.train_autoencoder import (
     AutoencoderTraining,
+    build_model,
     initialize,
     plan_of,
     reconstruction_step,
+    row_flops,
 )
 from tests.vitok.ranks import run_on_ranks
-from vitok.autoencoder import Autoencoder
 from vitok.config import read_config, write_config
-from vitok.flops import training_flops
 from vitok.losses import ReconstructionLoss
 from vitok.optim import Optimizers, build_optimizer
 from vitok.parallel import ParallelConfig, prepare_blocks, shard_model
@@ -34,8 +34,7 @@ def prepared(
     settings: AutoencoderTraining, spoiled_step: int = -1
 ) -> tuple[nn.Module, Optimizers, Recipe]:
     plan = plan_of(settings)
-    with torch.device("meta"):
-        model = Autoencoder(settings.model)
+    model = build_model(settings)
     prepare_blocks(model, settings.run.parallel)
     shard_model(model, init_device_mesh("cpu", (dist.get_world_size(),)), torch.float32)
     initialize(model.to_empty(device="cpu"), settings, plan)
@@ -49,10 +48,8 @@ def prepared(
 
     recipe = Recipe(
         step=step,
-        flops=lambda row: training_flops(settings.model, row.image_tokens),
+        flops=lambda row: row_flops(settings, row),
         initialize=lambda model: None,
-        evaluate=None,
-        story={},
     )
     return model, build_optimizer(model, settings.optim), recipe
 
