@@ -4,7 +4,7 @@ import json
 import os
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -18,13 +18,11 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from jobs.bench_ingest import SAMPLE_VARIABLE
+from jobs.photographs import Crops, decode_photographs, sample_patches
 from jobs.sample_corpus import make_sample_corpus
 from pipelines.corpus import Manifest, build_manifest, expand_shards
-from pipelines.decode import UnreadableImage, decode_rgb
-from pipelines.ingest import PackedRow, StepRows, write_patches
+from pipelines.ingest import PackedRow, StepRows
 from pipelines.loop import Recipe, train_step
-from pipelines.mixture import Corpus
-from pipelines.plan import whole_view
 from pipelines.reconstruction import (
     contact_sheet,
     evaluate_on_all_ranks,
@@ -35,16 +33,18 @@ from pipelines.reconstruction import (
 from vitok.autoencoder import Autoencoder, Reconstruction
 from vitok.config import config
 from vitok.flops import training_flops
-from vitok.initialize import attend_to_neighbors, start_at_random, start_from_pca
+from vitok.initialize import (
+    attend_to_neighbors,
+    principal_components,
+    start_at_random,
+    start_from_pca,
+)
 from vitok.losses import sum_of_image_means
 from vitok.optim import OptimConfig, build_optimizer, learning_rate
 from vitok.packed import PackedTokens
 from vitok.parallel import shard_model
-from vitok.patches import num_tokens
 from vitok.variants import AutoencoderConfig
 
-_PCA_PATCHES = 16_384
-_MAX_IMAGES = 4096  # that a worker keeps in memory, at 200 kB each
 _NUM_PICTURES = 8
 _REPORT_S = 20.0
 
@@ -258,7 +258,7 @@ class _Progress:
     squared_error: float = 0.0
 
 
-def _train(model: Autoencoder, crops: "Crops", task: _Task, *, is_first: bool) -> _Progress:
+def _train(model: Autoencoder, crops: Crops, task: _Task, *, is_first: bool) -> _Progress:
     """Train from the first weights to the end of the time; one step at least."""
     recipe, progress = task.recipe, _Progress()
     optimizer = build_optimizer(model, recipe.optim)
@@ -326,118 +326,6 @@ def squared_error_step(model: nn.Module, row: PackedRow, device: torch.device) -
     return {"loss": sum_of_image_means(error.square().mean(dim=-1), packed)}
 
 
-def decode_photographs(
-    manifest: Manifest, patch_size: int, token_budget: int
-) -> tuple[list[NDArray[np.uint8]], int]:
-    """Decode images once, at the size at which they are evaluated.
-
-    Returns:
-        uint8 [height, width, 3] of the first images, and how many of them were unreadable.
-    """
-    count = min(manifest.num_samples, _MAX_IMAGES)
-    records = manifest.records(np.arange(count))
-    photographs: list[NDArray[np.uint8]] = []
-    for index, encoded in enumerate(Corpus.of(manifest).read(records)):
-        view = whole_view(records, index, patch_size, token_budget)
-        try:
-            photographs.append(decode_rgb(encoded, size=view.size))
-        except UnreadableImage:
-            continue
-    return photographs, count - len(photographs)
-
-
-def sample_patches(photographs: Sequence[NDArray[np.uint8]], patch_size: int) -> Tensor:
-    """Return about _PCA_PATCHES patches [N, 3P^2] in [-1, 1], spread over the photographs."""
-    each = max(1, _PCA_PATCHES // len(photographs))
-    rng = np.random.default_rng(0)
-    found = []
-    for pixels in photographs:
-        patches = _patches_of(pixels, patch_size)
-        found.append(patches[rng.permutation(len(patches))[:each]])
-    return torch.from_numpy(np.concatenate(found)).float() / 127.5 - 1.0
-
-
-def _patches_of(pixels: NDArray[np.uint8], patch_size: int) -> NDArray[np.uint8]:
-    """Return the patches [N, 3P^2] that lie inside an image; all of a smaller image, padded."""
-    height, width = (max(side, patch_size) // patch_size * patch_size for side in pixels.shape[:2])
-    pixels = pixels[:height, :width]
-    patches = np.empty((height * width // patch_size**2, 3 * patch_size**2), dtype=np.uint8)
-    write_patches(pixels, patches, patch_size)
-    return patches
-
-
-class Crops:
-    """Packed rows of random crops of photographs in memory, mirrored or not.
-
-    Every photograph is used once before any is used again. Ranks draw from streams of their own.
-    """
-
-    def __init__(
-        self,
-        photographs: Sequence[NDArray[np.uint8]],
-        patch_size: int,
-        row_tokens: int,
-        *,
-        seed: int,
-        rank: int,
-    ) -> None:
-        self._photographs = photographs
-        self._patch_size = patch_size
-        self._row_tokens = row_tokens
-        self._rng = np.random.default_rng((seed, rank))
-        self._order = self._shuffled()
-        self._left_over: NDArray[np.uint8] | None = None
-
-    def row(self, side: int | None) -> PackedRow:
-        """Fill a row with crops of at most `side` x `side` patches, whole images if None."""
-        crops: list[NDArray[np.uint8]] = []
-        free = self._row_tokens
-        while True:
-            crop = self._crop(side) if self._left_over is None else self._left_over
-            length = num_tokens(*crop.shape[:2], self._patch_size)
-            # What does not fit is the first of the next row.
-            self._left_over = crop if length > free else None
-            if length > free:
-                break
-            crops.append(crop)
-            free -= length
-            if not free:
-                break
-        return _pack(crops, self._patch_size, self._row_tokens)
-
-    def _shuffled(self) -> Iterator[int]:
-        while True:
-            yield from self._rng.permutation(len(self._photographs)).tolist()
-
-    def _crop(self, side: int | None) -> NDArray[np.uint8]:
-        pixels = self._photographs[next(self._order)]
-        if side is not None:
-            most = side * self._patch_size
-            top, left = (
-                int(self._rng.integers(max(0, length - most) + 1)) for length in pixels.shape[:2]
-            )
-            pixels = pixels[top : top + most, left : left + most]
-        return pixels[:, ::-1] if self._rng.integers(2) else pixels
-
-
-def _pack(images: Sequence[NDArray[np.uint8]], patch_size: int, row_tokens: int) -> PackedRow:
-    lengths = [num_tokens(*image.shape[:2], patch_size) for image in images]
-    patches = np.zeros((row_tokens, 3 * patch_size**2), dtype=np.uint8)
-    end = 0
-    for image, length in zip(images, lengths, strict=True):
-        start, end = end, end + length
-        write_patches(image, patches[start:end], patch_size)
-    return PackedRow(
-        step=0,
-        patches=patches,
-        image_size=np.array([image.shape[:2] for image in images], dtype=np.int32),
-        tile_position=np.zeros((len(images), 2), dtype=np.float32),
-        keys=[""] * len(images),
-        skipped=[],
-        max_seqlen=max(lengths),
-    )
-
-
 def pca_figures(
     train_manifest: Path, eval_manifest: Path, model: AutoencoderConfig, token_budget: int
 ) -> dict[str, float]:
@@ -445,10 +333,8 @@ def pca_figures(
     photographs, _ = decode_photographs(
         Manifest.load(train_manifest), model.patch_size, token_budget
     )
-    patches = sample_patches(photographs, model.patch_size).double()
-    mean = patches.mean(0)
-    _, basis = torch.linalg.eigh((patches - mean).T.cov())
-    kept = basis[:, -model.latent_channels :]
+    mean, _, basis = principal_components(sample_patches(photographs, model.patch_size))
+    kept = basis[:, : model.latent_channels]
 
     def reconstruct(packed: PackedTokens) -> Reconstruction:
         codes = (packed.tokens.double() - mean) @ kept

@@ -9,14 +9,13 @@ import torch
 from numpy.typing import NDArray
 
 from pipelines.corpus import Manifest
-from pipelines.ingest import PackedRow, load_rows
+from pipelines.ingest import PackedRow
 from pipelines.latents import (
     DTYPES,
     UNITS,
     CacheIdentity,
     LatentManifest,
     LatentRow,
-    Transform,
     claim_cache,
     committed_units,
     read_record,
@@ -25,10 +24,9 @@ from pipelines.latents import (
 )
 from pipelines.launch import check_resources
 from pipelines.mixture import Corpus
-from pipelines.packing import pack_best_fit
-from pipelines.plan import whole_view
 from pipelines.progress import progress_bar
 from pipelines.train_autoencoder import load_autoencoder
+from pipelines.whole_images import Transform, iterate_rows
 from vitok.autoencoder import Autoencoder
 from vitok.config import config
 from vitok.packed import PackedTokens
@@ -165,7 +163,8 @@ def identity_of(settings: LatentCaching) -> CacheIdentity:
     model = load_autoencoder(settings.model)
     return CacheIdentity(
         encoder_digest=encoder_digest(model),
-        transform=Transform(token_budget=settings.token_budget, patch_size=model.config.patch_size),
+        transform=Transform(token_budget=settings.token_budget),
+        patch_size=model.config.patch_size,
         dtype=settings.dtype,
         channels=model.config.latent_channels,
         row_tokens=settings.row_tokens,
@@ -215,25 +214,13 @@ def encode_unit(
     first = int(source.first_sample[unit.shard])
     records = source.records(np.arange(first + unit.start, first + unit.stop))
     patch_size = model.config.patch_size
-    views = [whole_view(records, i, patch_size, settings.token_budget) for i in range(len(records))]
-    lengths = [view.num_tokens(patch_size) for view in views]
-    row_tokens = max(settings.row_tokens, settings.token_budget)
-    packs = pack_best_fit(lengths, row_tokens=row_tokens, max_images=len(records))
+    views = Transform(token_budget=settings.token_budget).views(records, patch_size)
     label_of = dict(zip(records.key.tolist(), records.label.tolist(), strict=True))
     found: dict[str, LatentRow] = {}
     skipped: list[tuple[str, str]] = []
-    # A row at a time, so that a unit of any size needs the memory of one.
-    for members in packs:
-        (row,) = load_rows(
-            Corpus.of(source),
-            records.take(members),
-            [[views[i] for i in members]],
-            step=0,
-            patch_size=patch_size,
-            row_tokens=row_tokens,
-            max_images=len(members),
-            max_seqlen=settings.token_budget,
-        )
+    for row in iterate_rows(
+        Corpus.of(source), records, views, patch_size=patch_size, row_tokens=settings.row_tokens
+    ):
         skipped += [(key, reason) for _, key, reason in row.skipped]
         for latent in _encode_row(model, row, label_of, device):
             found[latent.key] = latent

@@ -7,7 +7,7 @@ step come from the plan alone.
 
 import dataclasses
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from math import isqrt
 from typing import Any
 
@@ -21,7 +21,7 @@ from pipelines.mixture import Corpus
 from pipelines.objects import retry_counts
 from pipelines.plan import Plan, RowShape, SampleView
 from vitok.packed import PackedTokens, layout_of
-from vitok.patches import grid_size, normalize_patches
+from vitok.patches import grid_size, normalize_patches, num_tokens
 
 # Small steps are read several at a time, so that a task is worth its start.
 _IMAGES_PER_TASK = 256
@@ -188,12 +188,10 @@ def load_rows(
     decoded = _decode(corpus, records, [view for row in rows for view in row])
 
     def load_row(views: list[SampleView]) -> PackedRow:
-        patches = np.zeros((row_tokens, 3 * patch_size**2), dtype=np.uint8)
-        image_size = np.zeros((max_images, 2), dtype=np.int32)
-        tile_position = np.zeros((max_images, 2), dtype=np.float32)
+        images: list[NDArray[np.uint8]] = []
         keys: list[str] = []
+        tile_positions: list[tuple[float, float]] = []
         skipped: list[tuple[str, str, str]] = []
-        end = 0
         for view in views:
             index = place[view.sample_id]
             key = str(records.key[index])
@@ -201,22 +199,51 @@ def load_rows(
             if isinstance(pixels, UnreadableImage):
                 skipped.append((corpus.uri(int(records.shard[index])), key, str(pixels)))
                 continue
-            start, end = end, end + view.num_tokens(patch_size)
-            write_patches(pixels, patches[start:end], patch_size)
-            image_size[len(keys)] = view.size
-            tile_position[len(keys)] = view.tile_position
+            images.append(pixels)
             keys.append(key)
-        return PackedRow(
-            step=step,
-            patches=patches,
-            image_size=image_size,
-            tile_position=tile_position,
-            keys=keys,
-            skipped=skipped,
+            tile_positions.append(view.tile_position)
+        row = pack_pixels(
+            images,
+            patch_size=patch_size,
+            row_tokens=row_tokens,
+            max_images=max_images,
             max_seqlen=max_seqlen,
         )
+        row.tile_position[: len(keys)] = np.array(tile_positions).reshape(-1, 2)
+        return dataclasses.replace(row, step=step, keys=keys, skipped=skipped)
 
     return [load_row(views) for views in rows]
+
+
+def pack_pixels(
+    images: Sequence[NDArray[np.uint8]],
+    *,
+    patch_size: int,
+    row_tokens: int,
+    max_images: int,
+    max_seqlen: int,
+) -> PackedRow:
+    """Pack decoded images [H, W, 3] one after the other; of step 0, with empty keys.
+
+    Together they have at most row_tokens tokens.
+    """
+    patches = np.zeros((row_tokens, 3 * patch_size**2), dtype=np.uint8)
+    image_size = np.zeros((max_images, 2), dtype=np.int32)
+    end = 0
+    for slot, pixels in enumerate(images):
+        height, width = pixels.shape[:2]
+        start, end = end, end + num_tokens(height, width, patch_size)
+        write_patches(pixels, patches[start:end], patch_size)
+        image_size[slot] = height, width
+    return PackedRow(
+        step=0,
+        patches=patches,
+        image_size=image_size,
+        tile_position=np.zeros((max_images, 2), dtype=np.float32),
+        keys=[""] * len(images),
+        skipped=[],
+        max_seqlen=max_seqlen,
+    )
 
 
 def _decode(
@@ -237,7 +264,8 @@ def _decode(
         for sample_id, data in zip(part.sample_id.tolist(), corpus.read(part), strict=True):
             for view in views_of[sample_id]:
                 try:
-                    decoded[view] = decode_rgb(data, crop=view.crop, size=view.size)
+                    pixels = decode_rgb(data, crop=view.crop, size=view.size)
+                    decoded[view] = pixels[:, ::-1] if view.flip else pixels
                 except UnreadableImage as error:
                     decoded[view] = error
     return decoded

@@ -19,6 +19,7 @@ import torch
 from safetensors.torch import load, save
 from torch import Tensor
 
+from pipelines.whole_images import Transform
 from vitok.config import config, describe_difference, parse_json, to_dict
 from vitok.storage import Folder
 
@@ -29,30 +30,13 @@ DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch
 
 
 @config
-class Transform:
-    """How an image becomes what the encoder sees.
-
-    Attributes:
-        token_budget: the image is resized to at most this many patches, aspect kept.
-        patch_size: pixels along each side of a patch.
-    """
-
-    token_budget: int
-    patch_size: int
-
-    @property
-    def digest(self) -> str:
-        """The sha256 (hex) of the fields."""
-        return hashlib.sha256(json.dumps(to_dict(self), sort_keys=True).encode()).hexdigest()
-
-
-@config
 class CacheIdentity:
     """What all units of a cache have in common.
 
     Attributes:
         encoder_digest: of the encoder's weights.
         transform: how images were prepared.
+        patch_size: pixels along each side of a patch.
         dtype: of the stored latents.
         channels: c of a latent.
         row_tokens: of the packed rows that were encoded; kernels may round differently at another.
@@ -60,13 +44,15 @@ class CacheIdentity:
 
     encoder_digest: str
     transform: Transform
+    patch_size: int
     dtype: str
     channels: int
     row_tokens: int
 
     def unit_name(self, shard_digest: str, start: int, stop: int) -> str:
         """Return the name of the unit that holds samples start to stop of an input shard."""
-        parts = (shard_digest, start, stop, self.encoder_digest, self.transform.digest)
+        transform = json.dumps(to_dict(self.transform), sort_keys=True)
+        parts = (shard_digest, start, stop, self.encoder_digest, transform, self.patch_size)
         parts += (self.dtype, self.row_tokens)
         return hashlib.sha256(":".join(map(str, parts)).encode()).hexdigest()[:40]
 

@@ -107,6 +107,7 @@ class SampleView:
         crop: (top, left, height, width) in pixels of the image.
         size: (height, width) that the crop is resized to.
         tile_position: two numbers in [0, 1), where in the image the loss looks closely.
+        flip: left and right are exchanged.
     """
 
     sample_id: int
@@ -114,6 +115,7 @@ class SampleView:
     crop: tuple[int, int, int, int]
     size: tuple[int, int]
     tile_position: tuple[float, float]
+    flip: bool = False
 
     def num_tokens(self, patch_size: int) -> int:
         """Patches that the resized crop has."""
@@ -340,20 +342,6 @@ class _Samples:
     crops: list[tuple[int, int, int, int]]
     budgets: list[int]
     tile_positions: list[tuple[float, float]]
-
-
-def whole_view(
-    records: SampleRecords, index: int, patch_size: int, token_budget: int
-) -> SampleView:
-    """Return the view of a whole image, resized to the budget: for evaluation and caching."""
-    height, width = int(records.height[index]), int(records.width[index])
-    return SampleView(
-        sample_id=int(records.sample_id[index]),
-        epoch=0,
-        crop=(0, 0, height, width),
-        size=fit_to_budget(height, width, patch_size=patch_size, token_budget=token_budget),
-        tile_position=(0.5, 0.5),
-    )
 
 
 def _random_crop(

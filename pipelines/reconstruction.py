@@ -11,10 +11,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from pipelines.corpus import Manifest
-from pipelines.ingest import PackedRow, empty_row, load_rows
+from pipelines.ingest import PackedRow, empty_row
 from pipelines.mixture import Corpus
-from pipelines.packing import pack_best_fit
-from pipelines.plan import whole_view
+from pipelines.whole_images import Transform, iterate_rows
 from vitok.autoencoder import Reconstruction
 from vitok.metrics import constant_patches, psnr, ssim
 from vitok.packed import PackedTokens, unpack_images
@@ -71,20 +70,11 @@ def evaluation_rows(
     """
     count = min(manifest.num_samples, max_images or manifest.num_samples)
     records = manifest.records(np.arange(count))
-    views = [whole_view(records, i, patch_size, token_budget) for i in range(count)]
-    lengths = [view.num_tokens(patch_size) for view in views]
-    rows = pack_best_fit(lengths, row_tokens=max(row_tokens, token_budget), max_images=count)
-    rows.sort(key=lambda members: members[0])
-    return load_rows(
-        Corpus.of(manifest),
-        records,
-        [[views[i] for i in members] for members in rows],
-        step=0,
-        patch_size=patch_size,
-        row_tokens=max(row_tokens, token_budget),
-        max_images=max(len(members) for members in rows),
-        max_seqlen=token_budget,
+    views = Transform(token_budget=token_budget).views(records, patch_size)
+    rows = iterate_rows(
+        Corpus.of(manifest), records, views, patch_size=patch_size, row_tokens=row_tokens
     )
+    return list(rows)
 
 
 @torch.no_grad()

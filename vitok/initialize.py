@@ -64,6 +64,22 @@ def _assign(parameter: Tensor, value: Tensor, source_rank: int | None = None) ->
     parameter.copy_(value)
 
 
+def principal_components(patches: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return mean, standard deviations and directions of the principal components of patches.
+
+    Args:
+        patches: [N, D].
+
+    Returns:
+        mean [D], deviation of every component [D], and the components as columns [D, D], strongest
+        first; float64.
+    """
+    patches = patches.double()
+    mean = patches.mean(0)
+    variance, basis = torch.linalg.eigh((patches - mean).T.cov())
+    return mean, variance.flip(0).clamp(min=0).sqrt(), basis.flip(1)
+
+
 @torch.no_grad()
 def start_from_pca(model: Autoencoder, patches: Tensor) -> None:
     """Set the four linear layers so that model(x) is close to a PCA of the patches, in place.
@@ -96,11 +112,7 @@ def start_from_pca(model: Autoencoder, patches: Tensor) -> None:
             f"latent_channels={config.latent_channels} must be at least 4 and exceed neither the "
             f"widths nor the {config.patch_dim} values of a patch by more than 2 for a PCA start"
         )
-    patches = patches.double()
-    mean = patches.mean(0)
-    variance, basis = torch.linalg.eigh((patches - mean).T.cov())
-    basis = basis.flip(1)  # [3P^2, 3P^2], strongest component first
-    std = variance.flip(0).clamp(min=0).sqrt()
+    mean, std, basis = principal_components(patches)
     spread = std[:components].square().mean().sqrt()
     # What one unit of a channel stands for; over the components of the latent, the stream that the
     # blocks see and add to has unit variance.

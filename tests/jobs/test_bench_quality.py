@@ -7,16 +7,14 @@ import torch
 from PIL import Image
 
 from jobs.bench_quality import (
-    Crops,
     QualityRecipe,
-    decode_photographs,
     measure_quality,
     pca_figures,
-    sample_patches,
     squared_error_step,
     ten_minutes_on_two_cores,
 )
 from jobs.cli import main
+from jobs.photographs import Crops, decode_photographs, sample_patches
 from pipelines.corpus import Manifest
 from pipelines.reconstruction import evaluation_rows, judge
 from tests.conftest import tiny_model

@@ -22,11 +22,11 @@ from pipelines.corpus import Manifest
 from pipelines.latents import (
     CacheIdentity,
     LatentRow,
-    Transform,
     claim_cache,
     write_manifest,
     write_unit,
 )
+from pipelines.whole_images import Transform
 from vitok.storage import Folder
 
 
@@ -491,7 +491,8 @@ def test_evaluate_prints_a_table_or_json(
 def small_cache(tmp_path: Path) -> Path:
     identity = CacheIdentity(
         encoder_digest="e" * 64,
-        transform=Transform(token_budget=16, patch_size=16),
+        transform=Transform(token_budget=16),
+        patch_size=16,
         dtype="bfloat16",
         channels=3,
         row_tokens=64,

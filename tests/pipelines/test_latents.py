@@ -14,7 +14,6 @@ from pipelines.latents import (
     CacheIdentity,
     LatentCache,
     LatentRow,
-    Transform,
     UnitRecord,
     claim_cache,
     committed_units,
@@ -22,12 +21,14 @@ from pipelines.latents import (
     write_manifest,
     write_unit,
 )
+from pipelines.whole_images import Transform
 from vitok.storage import Folder
 
 CHANNELS = 5
 IDENTITY = CacheIdentity(
     encoder_digest="e" * 64,
-    transform=Transform(token_budget=64, patch_size=16),
+    transform=Transform(token_budget=64),
+    patch_size=16,
     dtype="bfloat16",
     channels=CHANNELS,
     row_tokens=64,
@@ -247,7 +248,7 @@ def test_record_says_what_is_in_the_file(cache: Path) -> None:
 
 
 def test_unit_name_depends_on_everything_that_its_bytes_depend_on() -> None:
-    other_transform = Transform(token_budget=65, patch_size=16)
+    other_transform = Transform(token_budget=65)
     names = {
         IDENTITY.unit_name("shard", 0, 10),
         IDENTITY.unit_name("another", 0, 10),

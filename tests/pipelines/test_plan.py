@@ -19,7 +19,6 @@ from pipelines.plan import (
     SampleView,
     Stage,
     StepPlan,
-    whole_view,
 )
 from tests.pipelines.plain_order import plain_epoch, plain_hash
 from vitok.patches import fit_to_budget, grid_size
@@ -349,15 +348,6 @@ def test_the_cursor_says_where_the_stream_stands(manifest: Manifest) -> None:
         cursor = plan.cursor(step)
         assert cursor == {"step": step, "images": step * 15}
         assert len(json.dumps(cursor)) < 1000
-
-
-def test_a_whole_view_is_the_image_under_the_budget(manifest: Manifest) -> None:
-    records = manifest.records(np.arange(NUM_SAMPLES))
-    for index in range(NUM_SAMPLES):
-        height, width = int(records.height[index]), int(records.width[index])
-        view = whole_view(records, index, PATCH, 20)
-        assert (view.sample_id, view.crop) == (index, (0, 0, height, width))
-        assert view.size == fit_to_budget(height, width, patch_size=PATCH, token_budget=20)
 
 
 def test_impossible_plans_are_refused(manifest: Manifest) -> None:

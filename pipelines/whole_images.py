@@ -1,0 +1,124 @@
+"""Whole images as packed rows, outside the plan of a training: for evaluation and latent caches."""
+
+from collections.abc import Iterator, Sequence
+
+from pipelines.corpus import SampleRecords
+from pipelines.ingest import PackedRow, load_rows
+from pipelines.mixture import Corpus
+from pipelines.packing import pack_best_fit
+from pipelines.plan import SampleView
+from vitok.config import config
+from vitok.patches import fit_to_budget, num_tokens
+
+
+@config
+class Transform:
+    """How a whole image becomes what an autoencoder sees; one of three sizes is given.
+
+    Attributes:
+        token_budget: at most so many patches, aspect kept; smaller images keep their size.
+        longest_side: at most so many pixels a side, aspect kept; smaller images keep their size.
+        square: the centre of the image, so many pixels a side; smaller images are enlarged. What
+            ADM's centre crop shows, but for the order: cropped first, then resized once.
+    """
+
+    token_budget: int = 0
+    longest_side: int = 0
+    square: int = 0
+
+    def __post_init__(self) -> None:
+        given = {name: size for name, size in vars(self).items() if size}
+        if len(given) != 1 or min(given.values()) < 1:
+            raise ValueError(
+                f"token_budget={self.token_budget}, longest_side={self.longest_side} and "
+                f"square={self.square}: give one of them, at least 1"
+            )
+
+    def require_patch(self, patch_size: int) -> None:
+        """Check that patches fill what is asked for.
+
+        Raises:
+            ValueError: a square is no multiple of the patch: part of it would be padding.
+        """
+        if self.square % patch_size:
+            raise ValueError(
+                f"square={self.square} is no multiple of the model's patch of {patch_size} pixels; "
+                f"take {max(1, self.square // patch_size) * patch_size}"
+            )
+
+    def max_tokens(self, patch_size: int) -> int:
+        """Return the most patches that an image may have."""
+        side = self.longest_side or self.square
+        return self.token_budget or num_tokens(side, side, patch_size)
+
+    def size(self, height: int, width: int, patch_size: int) -> tuple[int, int]:
+        """Return the pixel size (height, width) at which an image is seen."""
+        if self.square:
+            return self.square, self.square
+        if self.token_budget:
+            return fit_to_budget(
+                height, width, patch_size=patch_size, token_budget=self.token_budget
+            )
+        scale = min(1.0, self.longest_side / max(height, width))
+        return max(1, round(height * scale)), max(1, round(width * scale))
+
+    def view(self, sample_id: int, height: int, width: int, patch_size: int) -> SampleView:
+        """Return what is seen of a sample of height x width pixels."""
+        crop = (0, 0, height, width)
+        if self.square:
+            side = min(height, width)
+            crop = ((height - side) // 2, (width - side) // 2, side, side)
+        return SampleView(
+            sample_id=sample_id,
+            epoch=0,
+            crop=crop,
+            size=self.size(height, width, patch_size),
+            tile_position=(0.5, 0.5),
+        )
+
+    def views(self, records: SampleRecords, patch_size: int) -> list[SampleView]:
+        """Return what is seen of each of some samples."""
+        sizes = zip(
+            records.sample_id.tolist(),
+            records.height.tolist(),
+            records.width.tolist(),
+            strict=True,
+        )
+        return [self.view(*sample, patch_size) for sample in sizes]
+
+
+def iterate_rows(
+    corpus: Corpus,
+    records: SampleRecords,
+    views: Sequence[SampleView],
+    *,
+    patch_size: int,
+    row_tokens: int,
+) -> Iterator[PackedRow]:
+    """Pack views into as few rows as best-fit finds, and load one row after another.
+
+    All rows have one shape, that of the fullest. The memory is that of a row, however many views
+    there are; but a row's images lie anywhere among them: give neighbours, a few hundred at a time.
+
+    Args:
+        records: where the samples of the views lie.
+        row_tokens: tokens of a row; as many as the largest view has, if that is more.
+    """
+    lengths = [view.num_tokens(patch_size) for view in views]
+    row_tokens = max(row_tokens, *lengths)
+    rows = pack_best_fit(lengths, row_tokens=row_tokens, max_images=len(views))
+    rows.sort(key=lambda members: members[0])
+    max_images = max(len(members) for members in rows)
+    place = {sample_id: i for i, sample_id in enumerate(records.sample_id.tolist())}
+    for members in rows:
+        packed = [views[i] for i in members]
+        yield from load_rows(
+            corpus,
+            records.take(sorted({place[view.sample_id] for view in packed})),
+            [packed],
+            step=0,
+            patch_size=patch_size,
+            row_tokens=row_tokens,
+            max_images=max_images,
+            max_seqlen=max(lengths),
+        )

@@ -1,0 +1,117 @@
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from pipelines.corpus import Manifest, read_samples
+from pipelines.decode import decode_rgb
+from pipelines.ingest import PackedRow
+from pipelines.mixture import Corpus
+from pipelines.plan import SampleView
+from pipelines.whole_images import Transform, iterate_rows
+from vitok.packed import unpack_images
+from vitok.patches import fit_to_budget
+
+PATCH = 16
+COUNT = 23
+
+
+@pytest.fixture
+def source(sample_manifests: tuple[Path, Path]) -> Manifest:
+    return Manifest.load(sample_manifests[0])
+
+
+def rows_of(source: Manifest, views: list[SampleView], row_tokens: int) -> list[PackedRow]:
+    ids = sorted({view.sample_id for view in views})
+    records = source.records(np.array(ids))
+    rows = iterate_rows(Corpus.of(source), records, views, patch_size=PATCH, row_tokens=row_tokens)
+    return list(rows)
+
+
+def pixels_of(rows: list[PackedRow]) -> list[tuple[str, torch.Tensor]]:
+    """Return key and pixels [3, H, W] of every image of some rows, in their order."""
+    return [
+        (key, image)
+        for row in rows
+        for key, image in zip(
+            row.keys, unpack_images(row.to_packed(torch.device("cpu"))[0], PATCH), strict=True
+        )
+    ]
+
+
+@pytest.mark.parametrize("transform", [{"token_budget": 20}, {"longest_side": 70}, {"square": 48}])
+def test_every_image_comes_once_as_the_transform_shows_it(
+    source: Manifest, transform: dict[str, int]
+) -> None:
+    how = Transform(**transform)
+    records = source.records(np.arange(COUNT))
+    rows = rows_of(source, how.views(records, PATCH), row_tokens=64)
+    found = dict(pixels_of(rows))
+    assert len(found) == sum(len(row.keys) for row in rows) == COUNT
+    assert len({row.patches.shape for row in rows}) == len({len(row.image_size) for row in rows})
+    assert len(rows) > 1
+    for key, data in zip(records.key.tolist(), read_samples(source, records), strict=True):
+        whole = decode_rgb(data)
+        height, width = whole.shape[:2]
+        if how.square:
+            side = min(height, width)
+            crop = ((height - side) // 2, (width - side) // 2, side, side)
+            size = (how.square, how.square)
+        else:
+            crop = (0, 0, height, width)
+            scale = min(1.0, how.longest_side / max(height, width))
+            size = (round(height * scale), round(width * scale))
+            if how.token_budget:
+                size = fit_to_budget(height, width, patch_size=PATCH, token_budget=20)
+        expected = decode_rgb(data, crop=crop, size=size)
+        assert found[key].shape[1:] == size
+        shown = ((found[key] + 1) * 127.5).round().to(torch.uint8).permute(1, 2, 0).numpy()
+        np.testing.assert_array_equal(shown, expected)
+
+
+def test_a_flipped_view_is_the_mirrored_image(source: Manifest) -> None:
+    records = source.records(np.arange(5))
+    views = Transform(token_budget=12).views(records, PATCH)
+    both = [replace(view, flip=flip) for view in views for flip in (False, True)]
+    found = pixels_of(rows_of(source, both, row_tokens=1000))
+    assert len(found) == 10
+    for (key, image), (same_key, mirrored) in zip(found[::2], found[1::2], strict=True):
+        assert key == same_key
+        torch.testing.assert_close(mirrored, image.flip(-1), rtol=0, atol=0)
+        assert not torch.equal(mirrored, image)
+
+
+def test_a_view_larger_than_a_row_gets_a_longer_row(source: Manifest) -> None:
+    records = source.records(np.arange(3))
+    views = Transform(square=96).views(records, PATCH)
+    rows = rows_of(source, views, row_tokens=8)
+    assert [len(row.patches) for row in rows] == [36, 36, 36]
+    assert {row.max_seqlen for row in rows} == {36}
+
+
+def test_the_bound_on_tokens_holds_for_any_shape() -> None:
+    for transform in (Transform(token_budget=30), Transform(longest_side=70), Transform(square=48)):
+        for height, width in ((1, 4000), (70, 70), (500, 333), (48, 48), (5, 5)):
+            view = transform.view(0, height, width, PATCH)
+            assert 1 <= view.num_tokens(PATCH) <= transform.max_tokens(PATCH)
+
+
+@pytest.mark.parametrize("sizes", [{}, {"token_budget": 5, "square": 32}, {"longest_side": -1}])
+def test_exactly_one_size_is_asked_for(sizes: dict[str, int]) -> None:
+    with pytest.raises(ValueError, match="give one of them, at least 1"):
+        Transform(**sizes)
+
+
+def test_a_square_that_patches_do_not_fill_is_refused() -> None:
+    with pytest.raises(ValueError, match="square=100 is no multiple .* of 16 pixels; take 96"):
+        Transform(square=100).require_patch(PATCH)
+    Transform(square=96).require_patch(PATCH)
+    Transform(token_budget=100).require_patch(PATCH)
+
+
+def test_a_transform_survives_json() -> None:
+    transform = Transform(longest_side=512)
+    assert Transform(**json.loads(json.dumps(vars(transform)))) == transform
