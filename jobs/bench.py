@@ -207,15 +207,15 @@ def ingest(
 def train(
     model: str = "Bd4-B/16x64",
     token_budget: int = 256,
-    row_tokens: int = 2048,
+    row_tokens: int = 4096,
     rows_per_step: int = 1,
     ssim: float = 0.1,
     dino_weights: str = "",
-    steps: int = 8,
+    steps: int = 7,
     compile: tuple[bool, ...] = (False, True),
     checkpoint_every: int = 0,
     float8: bool = False,
-    ray_steps: int = 16,
+    ray_steps: int = 12,
     shards: tuple[str, ...] = (),
     threads: int = os.cpu_count() or 1,
     json: bool = False,
@@ -244,11 +244,11 @@ def train(
 
     torch.set_num_threads(threads)
 
-    def show(name: str, figures: StepFigures, peak: float) -> None:
+    def show(name: str, figures: StepFigures) -> None:
         if not json:
             print(
                 f"{name:<12} {figures.seconds:8.3f} s/step {figures.tokens_per_s:10.0f} tokens/s "
-                f"{figures.flops_per_s / peak:6.1%} of {peak / 1e12:.3g} TFLOP/s",
+                f"{figures.mfu:6.1%} of {figures.peak_flops / 1e12:.3g} TFLOP/s",
                 flush=True,
             )
 

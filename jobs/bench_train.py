@@ -1,17 +1,19 @@
 """Benchmark of the training step: on rows in memory, part by part, and through Ray."""
 
-import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from math import ceil
 from pathlib import Path
+from statistics import fmean, median
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
+from torch.profiler import ProfilerActivity, profile
 
 from cluster.local import ray_session
 from jobs.bench_ingest import indexed_shards
@@ -38,6 +40,9 @@ from vitok.variants import AutoencoderConfig
 
 # The first steps of a run compile, allocate and fill queues.
 _WARM_UP_STEPS = 2
+_SAMPLED_IMAGES = 256  # tell how many fill a row
+# The ranges in which FSDP2 moves weights and gradients, as it names them for the profiler.
+_FSDP_TRANSFERS = ("FSDP::all_gather", "FSDP::post_backward_reduce")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,12 +52,14 @@ class StepFigures:
     Attributes:
         seconds: median of the steps.
         tokens_per_s: real tokens.
-        flops_per_s: operations on real tokens, forward and backward.
+        mfu: operations on real tokens, forward and backward, over what the device could do.
+        peak_flops: what the device could do in a second.
     """
 
     seconds: float
     tokens_per_s: float
-    flops_per_s: float
+    mfu: float
+    peak_flops: float
 
 
 def measure_training(
@@ -67,13 +74,13 @@ def measure_training(
     ray_steps: int,
     shards: Sequence[str],
     threads: int,
-    show: Callable[[str, StepFigures, float], None],
+    show: Callable[[str, StepFigures], None],
 ) -> dict[str, float | str]:
     """Time the steps of one worker; the fastest way in memory is then run through Ray.
 
     Args:
         parallels: ways to compute the blocks, by name.
-        show: called with the name, the figures and the peak of each measurement.
+        show: called with the name and the figures of each measurement.
         ray_steps: steps through Ray; 0 leaves it out.
 
     Returns:
@@ -85,17 +92,15 @@ def measure_training(
         tempfile.TemporaryDirectory(prefix="vitok-bench-") as folder,
         _one_rank(),
     ):
+        stage = Stage(
+            steps=max(steps, ray_steps),
+            images_per_step=_SAMPLED_IMAGES,
+            token_budgets=(token_budget,),
+        )
         settings = AutoencoderTraining(
             model=AutoencoderConfig.from_name(model),
             data=DataConfig(manifest=str(manifest.path), row_tokens=row_tokens),
-            stages=(
-                Stage(
-                    steps=max(steps, ray_steps),
-                    images_per_step=rows_per_step * row_tokens // token_budget,
-                    token_budgets=(token_budget,),
-                    rows_per_step=rows_per_step,
-                ),
-            ),
+            stages=(stage,),
             loss=loss,
             run=RunConfig(
                 name="bench",
@@ -107,42 +112,53 @@ def measure_training(
                 mfu=False,
             ),
         )
+        images = ceil(rows_per_step * row_tokens / _tokens_of_an_image(plan_of(settings)))
+        stage = replace(stage, images_per_step=images, rows_per_step=rows_per_step)
+        settings = replace(settings, stages=(stage,))
         batches = _batches(plan_of(settings), steps)
-        found: dict[str, StepFigures] = {}
-        figures: dict[str, float | str] = {}
+        filled = fmean(row.num_tokens / row_tokens for batch in batches for row in batch.rows)
+        figures: dict[str, float | str] = {
+            "peak": peak_flops(device).source,
+            "images_per_step": images,
+            "token_utilisation": filled,
+        }
 
-        def measure(name: str, run: Callable[[], StepFigures]) -> StepFigures:
-            # Measured around each: what else the machine does changes from minute to minute.
-            before, figures["peak"] = peak_flops(device)
-            step = run()
-            peak = (before + peak_flops(device).flops_per_s) / 2
-            show(name, step, peak)
+        def report(name: str, step: StepFigures) -> StepFigures:
+            show(name, step)
             figures.update(
                 {
                     f"{name}_step_s": step.seconds,
                     f"{name}_tokens_per_s": step.tokens_per_s,
-                    f"{name}_mfu": step.flops_per_s / peak,
-                    f"{name}_peak_flops": peak,
+                    f"{name}_mfu": step.mfu,
+                    f"{name}_peak_flops": step.peak_flops,
                 }
             )
             return step
 
+        found: dict[str, StepFigures] = {}
         for name, parallel in parallels.items():
             trainee = _Trainee.of(settings, parallel, device)
-            found[name] = measure(name, lambda trainee=trainee: trainee.measure(batches))
+            found[name] = report(name, trainee.measure(batches))
             figures |= {f"{name}_{part}": x for part, x in trainee.shares(batches).items()}
         best = max(found, key=lambda name: found[name].tokens_per_s)
         figures |= {"best": best} | {
             name: figures[f"{best}_{name}"] for name in ("tokens_per_s", "mfu", "peak_flops")
         }
         if ray_steps:
-            through_ray = measure(
-                "ray", lambda: _through_ray(settings, parallels[best], ray_steps, threads)
+            through_ray = report(
+                "ray", _through_ray(settings, parallels[best], ray_steps, threads, device)
             )
-            again = _Trainee.of(settings, parallels[best], device).measure(batches)
+            # Once more after it: what else the machine does changes from minute to minute.
+            again = report("again", _Trainee.of(settings, parallels[best], device).measure(batches))
             in_memory = (found[best].seconds + again.seconds) / 2
             figures["ray_overhead"] = through_ray.seconds / in_memory - 1
     return figures
+
+
+def _tokens_of_an_image(plan: Plan) -> float:
+    """Return the tokens that an image of the plan has in the mean."""
+    views = [view for row in plan.step(0).rows for view in row]
+    return fmean(view.num_tokens(plan.patch_size) for view in views)
 
 
 def _batches(plan: Plan, steps: int) -> list[StepRows]:
@@ -183,34 +199,58 @@ class _Trainee:
         return cls(model, optimizer, recipe, loss, settings, device)
 
     def measure(self, batches: Sequence[StepRows]) -> StepFigures:
-        """Train on the batches in turn; the first steps are not counted."""
-        seconds = []
+        """Train on the batches in turn; the first steps are not counted.
+
+        The peak is taken before and after every step: on a shared machine it changes by the minute.
+        """
+        seconds, tokens_per_s, mfu, peaks = [], [], [], []
+        peak = peak_flops(self.device).flops_per_s
         for batch in batches:
-            _wait_for(self.device)
-            start = time.perf_counter()
+            start = self._now()
             train_step(
                 self.model, self.optimizer, self.recipe, batch, 1.0, self.device, leaves=False
             )
-            _wait_for(self.device)
-            seconds.append(time.perf_counter() - start)
-        counted = [row for batch in batches[_WARM_UP_STEPS:] for row in batch.rows]
-        num_steps = len(batches) - _WARM_UP_STEPS
-        median = statistics.median(seconds[_WARM_UP_STEPS:])
+            taken = self._now() - start
+            before, peak = peak, peak_flops(self.device).flops_per_s
+            seconds.append(taken)
+            tokens_per_s.append(sum(row.num_tokens for row in batch.rows) / taken)
+            peaks.append((before + peak) / 2)
+            mfu.append(sum(map(self.recipe.flops, batch.rows)) / taken / peaks[-1])
+        counted = slice(_WARM_UP_STEPS, None)
         return StepFigures(
-            seconds=median,
-            tokens_per_s=sum(row.num_tokens for row in counted) / num_steps / median,
-            flops_per_s=sum(map(self.recipe.flops, counted)) / num_steps / median,
+            seconds=median(seconds[counted]),
+            tokens_per_s=median(tokens_per_s[counted]),
+            mfu=median(mfu[counted]),
+            peak_flops=median(peaks[counted]),
         )
 
     def shares(self, batches: Sequence[StepRows]) -> dict[str, float]:
-        """Return the share of a step that each of its parts takes, medians over the batches."""
-        taken: dict[str, list[float]] = {}
-        for batch in batches[_WARM_UP_STEPS:]:
-            for name, seconds in self._timed_parts(batch.rows[0]).items():
-                taken.setdefault(f"{name}_share", []).append(seconds)
-        medians = {name: statistics.median(seconds) for name, seconds in taken.items()}
+        """Return the share of a step that each of its parts takes, medians over the batches.
+
+        Communication, which FSDP2 does during forward and backward, is counted in them too.
+        """
+        rows = [batch.rows[0] for batch in batches[_WARM_UP_STEPS:]]
+        parts = [self._timed_parts(row) for row in rows]
+        medians = {name: median(part[name] for part in parts) for name in parts[0]}
         total = sum(medians.values())
-        return {name: seconds / total for name, seconds in medians.items()}
+        shares = {f"{name}_share": seconds / total for name, seconds in medians.items()}
+        return shares | {"communication_share": self._communication_s(rows[0]) / total}
+
+    def _communication_s(self, row: PackedRow) -> float:
+        """Return the time that FSDP2 takes to gather weights and reduce gradients, copies included.
+
+        On CUDA it is that of the kernels, much of it hidden behind the computation.
+        """
+        on_cuda = self.device.type == "cuda"
+        activity = ProfilerActivity.CUDA if on_cuda else ProfilerActivity.CPU
+        with profile(activities=[activity]) as profiler:
+            self._timed_parts(row)
+        events = profiler.key_averages()
+        if on_cuda:
+            micros = sum(e.device_time_total for e in events if e.key.startswith("nccl"))
+        else:
+            micros = sum(e.cpu_time_total for e in events if e.key.startswith(_FSDP_TRANSFERS))
+        return micros / 1e6
 
     def _timed_parts(self, row: PackedRow) -> dict[str, float]:
         marks = [self._now()]
@@ -238,7 +278,11 @@ class _Trainee:
 
 
 def _through_ray(
-    settings: AutoencoderTraining, parallel: ParallelConfig, steps: int, threads: int
+    settings: AutoencoderTraining,
+    parallel: ParallelConfig,
+    steps: int,
+    threads: int,
+    device: torch.device,
 ) -> StepFigures:
     """Run a training of its own, with Ray Data, Ray Train and MLflow, and read what it logged."""
     settings = prepare(
@@ -248,9 +292,11 @@ def _through_ray(
             run=replace(settings.run, parallel=parallel),
         )
     )
+    before = peak_flops(device).flops_per_s
     # One core more, in name: the reading and decoding shares the cores with the training.
     with ray_session(num_cpus=threads + 1):
         run_training(settings)
+    peak = (before + peak_flops(device).flops_per_s) / 2
     recorded = {
         name: [
             value
@@ -259,11 +305,11 @@ def _through_ray(
         ]
         for name in ("tokens_per_s", "images_per_s", "flops_per_s")
     }
-    images_per_s = statistics.median(recorded["images_per_s"])
     return StepFigures(
-        seconds=settings.stages[0].images_per_step / images_per_s,
-        tokens_per_s=statistics.median(recorded["tokens_per_s"]),
-        flops_per_s=statistics.median(recorded["flops_per_s"]),
+        seconds=settings.stages[0].images_per_step / median(recorded["images_per_s"]),
+        tokens_per_s=median(recorded["tokens_per_s"]),
+        mfu=median(recorded["flops_per_s"]) / peak,
+        peak_flops=peak,
     )
 
 

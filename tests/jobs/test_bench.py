@@ -190,3 +190,7 @@ def test_training_benchmark_measures_the_step_in_memory_and_through_ray(
     parts = ("to_device", "forward", "losses", "backward", "optimizer")
     assert sum(figures[f"eager_{part}_share"] for part in parts) == pytest.approx(1, abs=1e-3)
     assert figures["eager_backward_share"] > figures["eager_to_device_share"]
+    assert 0 < figures["eager_communication_share"] < 1
+    # As many images as fill a row of 64 tokens, at 16 tokens at most.
+    assert figures["images_per_step"] >= 4
+    assert 0.5 < figures["token_utilisation"] <= 1
