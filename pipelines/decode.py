@@ -14,6 +14,7 @@ import numpy as np
 import simplejpeg
 from PIL import Image, UnidentifiedImageError
 
+from pipelines.avif import MalformedAvif, stream_pixels
 from vitok.pillow import ORIENTATION_TAG, TRANSPOSITIONS, exif_orientation, to_rgb_or_gray
 
 # A task of ingest stays under 1 GB, of which one decoding may take 450 MiB. Measured peaks, in
@@ -250,6 +251,8 @@ def _open(data: bytes) -> Image.Image:
     image = Image.open(io.BytesIO(data), formats=FORMATS)
     width, height = image.size
     limit = _max_pixels(image)
+    if image.format == "AVIF":
+        _check_avif_streams(data, limit)
     if width * height > limit:
         raise UnreadableImage(
             f"too many pixels: {height}x{width} = {height * width}, the limit is {limit}"
@@ -271,6 +274,18 @@ def _max_pixels(image: Image.Image) -> int:
     if image.format in ("WEBP", "AVIF") or image.mode in ("I", "F"):
         return MAX_PIXELS_COSTLY
     return MAX_PIXELS_OTHER_THAN_JPEG
+
+
+def _check_avif_streams(data: bytes, limit: int) -> None:
+    """Refuse an AVIF whose streams are larger than an image and its transparency may be."""
+    try:
+        pixels = stream_pixels(data)
+    except MalformedAvif as error:
+        raise UnreadableImage(f"damaged image: {error}") from error
+    if max(pixels, default=0) > limit or sum(pixels) > 2 * limit:
+        raise UnreadableImage(
+            f"too many pixels: AV1 streams of up to {sum(pixels)}, the limit is {limit}"
+        )
 
 
 def _check_tiff_tags(data: bytes) -> None:
