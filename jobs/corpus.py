@@ -96,6 +96,7 @@ def index(
     from cluster.local import ray_session
     from pipelines.corpus import refuse_existing
     from pipelines.index_corpus import index_corpus
+    from pipelines.size_histogram import area_quantiles
 
     refuse_existing(out)  # before Ray is started for nothing
     with ray_session():
@@ -108,6 +109,11 @@ def index(
         )
     skipped = manifest.skipped()
     print(f"shards: {len(manifest.uris)}, samples: {manifest.num_samples}")
+    small, median, large = area_quantiles(manifest.size_counts.sum(axis=0), (0.05, 0.5, 0.95))
+    print(
+        f"sizes: half of the images have about {median:,.0f} pixels or less, 5% {small:,.0f} or "
+        f"less, 5% {large:,.0f} or more"
+    )
     for uri, key, reason in skipped:
         print(f"skipped {key} of {uri}: {reason}" if key else f"left out {uri}: {reason}")
     print(f"manifest: {manifest.path}")
@@ -118,6 +124,7 @@ def index(
             "num_shards": len(manifest.uris),
             "num_samples": manifest.num_samples,
             "num_bytes": int(manifest.num_bytes_per_shard.sum()),
+            "median_pixels": round(median),
             "num_skipped": sum(key != "" for _, key, _ in skipped),
             "left_out": [uri for uri, key, _ in skipped if not key],
         }

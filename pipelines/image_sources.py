@@ -17,8 +17,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipelines.image_keys import Keys, folder_key, sample_key
-from pipelines.shards import local_folder
-from pipelines.tar_index import IMAGE_EXTENSIONS, MAX_IMAGE_BYTES
+from pipelines.shards import MAX_IMAGE_BYTES, local_folder
+from pipelines.tar_index import IMAGE_EXTENSIONS
 
 IMAGE_COLUMNS = ("image", "jpg", "bytes")
 _KEY_COLUMNS = ("key", "__key__")

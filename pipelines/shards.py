@@ -16,8 +16,8 @@ from braceexpand import braceexpand
 
 from pipelines.objects import RemoteObject, check_length, list_objects
 
-# What one range may hold: the biggest image that an index lists.
-MAX_RANGE_BYTES = 256 * 2**20
+# The biggest encoded image that is used, and what one range may hold.
+MAX_IMAGE_BYTES = 64 * 2**20
 
 
 def expand_shards(patterns: Sequence[str]) -> list[str]:
@@ -128,10 +128,10 @@ def open_ranges(uri: str, shard_bytes: int) -> Iterator[Callable[[int, int], byt
     """
 
     def check_range(start: int, num_bytes: int) -> None:
-        if not 0 <= start <= start + num_bytes <= shard_bytes or num_bytes > MAX_RANGE_BYTES:
+        if not 0 <= start <= start + num_bytes <= shard_bytes or num_bytes > MAX_IMAGE_BYTES:
             raise OSError(
                 f"{uri}: {num_bytes} bytes from byte {start} are asked for, of a shard of "
-                f"{shard_bytes} bytes and at most {MAX_RANGE_BYTES} at a time; the manifest is "
+                f"{shard_bytes} bytes and at most {MAX_IMAGE_BYTES} at a time; the manifest is "
                 "damaged, index the shards anew"
             )
 

@@ -6,6 +6,8 @@ part, for patches are square. Class `area_class * NUM_ASPECTS + aspect_class` ho
     aspect_class  how many of ASPECT_BOUNDS the longer side over the shorter one reaches.
 """
 
+from collections.abc import Sequence
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -34,6 +36,18 @@ def count_sizes(height: NDArray[np.int32], width: NDArray[np.int32]) -> NDArray[
     aspect_class = np.searchsorted(ASPECT_BOUNDS, longer / shorter, side="right")
     classes = area_class * NUM_ASPECTS + aspect_class
     return np.bincount(classes, minlength=NUM_CLASSES).astype(np.int32)
+
+
+def area_quantiles(counts: NDArray[np.int32], shares: Sequence[float]) -> list[float]:
+    """Return the area in pixels below which each share of the images lies, to half an octave.
+
+    Args:
+        counts: [NUM_CLASSES] images of each class, at least one in all.
+        shares: between 0 and 1.
+    """
+    by_area = counts.reshape(NUM_AREAS, NUM_ASPECTS).sum(axis=1).cumsum()
+    classes = np.searchsorted(by_area, np.array(shares) * by_area[-1])
+    return (_SMALLEST_AREA * 2 ** (classes / 2)).tolist()
 
 
 def typical_sizes() -> NDArray[np.int32]:

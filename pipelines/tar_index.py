@@ -15,11 +15,9 @@ from typing import BinaryIO, NamedTuple
 import numpy as np
 
 from pipelines.decode import UnreadableImage, image_size
-from pipelines.shards import open_shard
+from pipelines.shards import MAX_IMAGE_BYTES, open_shard
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "tif", "tiff", "gif", "bmp", "avif")
-# A JPEG of 50 megapixels takes 20 to 40 MB.
-MAX_IMAGE_BYTES = 64 * 2**20
 
 _MAX_CLS_BYTES = 32
 # The biggest tar header believed. tarfile reads long names and PAX records into memory whole,

@@ -255,8 +255,9 @@ def test_index_counts_samples_and_lists_what_it_skips(
     assert outcome.status == 0
     lines = outcome.out.splitlines()
     assert lines[0] == "shards: 1, samples: 20"
-    assert lines[1] == f"skipped zero of {shard}: zero bytes where an image should be"
-    assert lines[2] == f"skipped lonely of {shard}: no image member"
+    assert lines[1].startswith("sizes: half of the images have about 4,096 pixels or less, ")
+    assert lines[2] == f"skipped zero of {shard}: zero bytes where an image should be"
+    assert lines[3] == f"skipped lonely of {shard}: no image member"
     assert lines[-1] == f"manifest: {manifest}"
     assert Manifest.load(manifest).num_samples == 20
     again = complaint(vitok("corpus", "index", shard, "--out", manifest))

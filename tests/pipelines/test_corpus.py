@@ -240,7 +240,7 @@ def test_a_range_that_no_shard_can_have_is_refused_before_it_is_read(
         damaged = replace(records, **{column: np.array([value])})
         with pytest.raises(OSError, match=r"train-000000.tar: .* bytes from byte .* damaged"):
             read_samples(manifest, damaged)
-    monkeypatch.setattr(shard_files, "MAX_RANGE_BYTES", 10)
+    monkeypatch.setattr(shard_files, "MAX_IMAGE_BYTES", 10)
     with pytest.raises(OSError, match="and at most 10 at a time"):
         read_samples(manifest, records)
 

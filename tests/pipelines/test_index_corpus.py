@@ -22,6 +22,7 @@ from pipelines.size_histogram import (
     NUM_AREAS,
     NUM_ASPECTS,
     NUM_CLASSES,
+    area_quantiles,
     count_sizes,
     typical_sizes,
 )
@@ -252,6 +253,10 @@ def test_size_counts_are_those_of_the_images(shards: list[str], tmp_path: Path) 
         expected[area * NUM_ASPECTS + aspect] += 1
     assert count_sizes(height, width).tolist() == expected.tolist()
     assert count_sizes(width, height).tolist() == expected.tolist()
+    shares = (0.05, 0.5, 0.95)
+    found = area_quantiles(count_sizes(height // 2, width // 2), shares)
+    exact = np.quantile((height // 2) * (width // 2), shares)
+    assert np.abs(np.log2(found / exact)).max() < 0.5
     typical = typical_sizes()
     assert (count_sizes(typical[:, 0], typical[:, 1]) == 1).all(), "each is in its own class"
 
