@@ -288,7 +288,7 @@ def quality(
     decoder_depth: int = 4,
     patch_size: int = 16,
     latent_channels: int = 16,
-    workers: int = 2,
+    workers: int = 1,
     max_steps: int = 0,
     picture: str = "",
     json: bool = False,
@@ -306,7 +306,7 @@ def quality(
         decoder_depth: blocks of the decoder.
         patch_size: pixels along each side of a patch.
         latent_channels: channels of a patch's latent, which is normalised by LayerNorm.
-        workers: processes that train together, each on one thread.
+        workers: processes that train together and share the cores.
         max_steps: end after so many steps, which the schedule then follows too; 0 for no such end.
         picture: PNG file for originals, reconstructions and error maps; none if empty.
         json: print the JSON alone.

@@ -36,7 +36,6 @@ from vitok.parallel import require_float8
 from vitok.patches import num_tokens
 from vitok.pretrained import (
     EXPORT,
-    PARTS,
     WEIGHT_FILES,
     load_checkpoint,
     load_pretrained,
@@ -179,29 +178,27 @@ def prepare(settings: AutoencoderTraining) -> AutoencoderTraining:
 
 
 def _check_weights(location: str, model: AutoencoderConfig) -> None:
-    """Check that the weights of a model can be loaded from a location."""
-    for part in PARTS:
-        try:
-            # One half in half precision at a time: the driver may have little memory.
-            found = load_autoencoder(location, part=part, dtype=torch.bfloat16).config
-        except FileNotFoundError as error:
-            raise FileNotFoundError(
-                f"start={location!r} is neither {' nor '.join(_FRESH_STARTS)}, and there are no "
-                f"weights: {error}"
-            ) from error
-        except ValueError as error:
-            raise ValueError(f"start={location!r} cannot be loaded: {error}") from error
-        wanted, given = flatten(model), flatten(found)
-        differences = [
-            f"model.{name}={wanted[name]} where they have {given[name]}"
-            for name in wanted
-            if wanted[name] != given[name] and name not in _NOT_OF_WEIGHTS
-        ]
-        if differences:
-            raise ValueError(
-                f"the weights of start={location!r} are of another architecture "
-                f"({', '.join(differences)}); change the model, or start from others"
-            )
+    """Check that the weights of a model are at a location, without reading them."""
+    try:
+        found = load_autoencoder(location, meta=True).config
+    except FileNotFoundError as error:
+        raise FileNotFoundError(
+            f"start={location!r} is neither {' nor '.join(_FRESH_STARTS)}, and there are no "
+            f"weights: {error}"
+        ) from error
+    except ValueError as error:
+        raise ValueError(f"start={location!r} cannot be loaded: {error}") from error
+    wanted, given = flatten(model), flatten(found)
+    differences = [
+        f"model.{name}={wanted[name]} where they have {given[name]}"
+        for name in wanted
+        if wanted[name] != given[name] and name not in _NOT_OF_WEIGHTS
+    ]
+    if differences:
+        raise ValueError(
+            f"the weights of start={location!r} are of another architecture "
+            f"({', '.join(differences)}); change the model, or start from others"
+        )
 
 
 def _absolute(location: str) -> str:
@@ -229,7 +226,11 @@ def read_settings(folder: Folder) -> AutoencoderTraining:
 
 
 def load_autoencoder(
-    location: str, *, part: Part | None = None, dtype: torch.dtype = torch.float32
+    location: str,
+    *,
+    part: Part | None = None,
+    dtype: torch.dtype = torch.float32,
+    meta: bool = False,
 ) -> Autoencoder:
     """Load a model for use, in eval mode on the CPU.
 
@@ -238,6 +239,7 @@ def load_autoencoder(
             folder of weights, a checkpoint, a released model, a Hugging Face repository.
         part: load the encoder or the decoder alone.
         dtype: of the weights.
+        meta: read no weights: the model stays on the meta device once it is known that they fit.
 
     Raises:
         FileNotFoundError: there is none of these, or the run has no checkpoint yet.
@@ -246,13 +248,14 @@ def load_autoencoder(
     folder = Folder.of(location)
     has_weights = any(folder.exists(file) for file in WEIGHT_FILES)
     if has_weights or not folder.exists(CONFIG_FILE):
-        return load_pretrained(location, part=part, dtype=dtype)
+        return load_pretrained(location, part=part, dtype=dtype, meta=meta)
     latest = latest_checkpoint(folder)
     if latest is not None:
-        return load_checkpoint(latest[0], read_settings(folder).model, part=part, dtype=dtype)
+        model = read_settings(folder).model
+        return load_checkpoint(latest[0], model, part=part, dtype=dtype, meta=meta)
     if not folder.child(EXPORT).names():
         raise _no_checkpoint(folder)
-    return load_pretrained(location, part=part, dtype=dtype)
+    return load_pretrained(location, part=part, dtype=dtype, meta=meta)
 
 
 def export_weights(settings: AutoencoderTraining) -> Folder:

@@ -1,6 +1,8 @@
 """The direction of imports, and what no source file may do; read from the sources themselves."""
 
 import ast
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -50,6 +52,26 @@ def unsafe_calls(tree: ast.Module) -> Iterator[str]:
             for keyword in node.keywords
             if keyword.arg == "allow_pickle" and ast.unparse(keyword.value) != "False"
         )
+
+
+def test_processes_that_read_images_never_import_the_compiler() -> None:
+    # Ray starts many of them, and it takes seconds.
+    code = "import sys, pipelines.ingest; print(*sys.modules)"
+    found = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT
+    )
+    imported = found.stdout.split()
+    assert "torch" in imported
+    assert "torch._dynamo" not in imported
+
+
+def test_the_package_gives_what_it_promises() -> None:
+    import vitok
+
+    for name in vitok.__all__:
+        assert getattr(vitok, name).__name__ == name
+    with pytest.raises(AttributeError, match="module 'vitok' has no attribute 'nothing'"):
+        _ = vitok.nothing
 
 
 @pytest.mark.parametrize("package", FORBIDDEN_IMPORTS)

@@ -21,7 +21,7 @@ from vitok.ema import Ema
 from vitok.optim import Optimizers
 
 PROGRESS_FILE = "progress.json"
-_METADATA_FILE = ".metadata"  # torch.distributed.checkpoint writes it last
+CHECKPOINT_METADATA = ".metadata"  # torch.distributed.checkpoint writes it last
 _MODEL, _AVERAGE = "model.", "ema.average."
 
 
@@ -97,7 +97,7 @@ class TrainState:
 
 def is_checkpoint(names: Collection[str]) -> bool:
     """Whether a folder with files of these names is a finished checkpoint."""
-    return {_METADATA_FILE, PROGRESS_FILE} <= set(names)
+    return {CHECKPOINT_METADATA, PROGRESS_FILE} <= set(names)
 
 
 def weight_shapes(folder: Path) -> dict[str, tuple[int, ...]]:

@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from vitok.autoencoder import Autoencoder, part_of
-from vitok.checkpoint import is_checkpoint, load_weights, weight_shapes
+from vitok.checkpoint import CHECKPOINT_METADATA, is_checkpoint, load_weights, weight_shapes
 from vitok.config import parse_config, parse_json, to_dict, write_config
 from vitok.hub import fetch, fetch_shapes
 from vitok.shapes import Shapes, config_of_shapes
@@ -37,7 +37,11 @@ _MAX_HEADER_BYTES = 100_000_000  # safetensors' own limit
 
 
 def load_pretrained(
-    location: str | Path, *, part: Part | None = None, dtype: torch.dtype = torch.float32
+    location: str | Path,
+    *,
+    part: Part | None = None,
+    dtype: torch.dtype = torch.float32,
+    meta: bool = False,
 ) -> Autoencoder:
     """Load an autoencoder from wherever its weights are; in eval mode, on the CPU.
 
@@ -54,6 +58,8 @@ def load_pretrained(
         part: load the encoder or the decoder alone; the other file's weights are not read, and of a
             released model not downloaded. Of a checkpoint in an object store all is downloaded.
         dtype: of the weights, whatever they are stored in.
+        meta: read no weights: the model stays on the meta device once the files are found, and
+            their headers agree with its config.
 
     Raises:
         FileNotFoundError: there are no weights, or they cannot be downloaded.
@@ -69,12 +75,12 @@ def load_pretrained(
         if "/" not in name or _shape(name):
             raise _unknown(given)
         if _REPOSITORY.fullmatch(name):
-            return _load_repository(name, revision or "main", given, part, dtype)
+            return _load_repository(name, revision or "main", given, part, dtype, meta)
     if Path(given).is_file():
         raise FileNotFoundError(
             f"{given} is a file; give its folder, {Path(given).parent}, which holds the model"
         )
-    return _load_folder(Folder.of(given), part, dtype)
+    return _load_folder(Folder.of(given), part, dtype, meta)
 
 
 def load_checkpoint(
@@ -84,6 +90,7 @@ def load_checkpoint(
     part: Part | None = None,
     dtype: torch.dtype = torch.float32,
     average: bool = True,
+    meta: bool = False,
 ) -> Autoencoder:
     """Load the weights of a training checkpoint, as load_pretrained does.
 
@@ -96,7 +103,11 @@ def load_checkpoint(
         ValueError: the checkpoint is of another architecture.
     """
     with tempfile.TemporaryDirectory() as scratch:
-        local = folder.download(Path(scratch))
+        local = Path(scratch)
+        if meta:
+            (local / CHECKPOINT_METADATA).write_bytes(folder.read_bytes(CHECKPOINT_METADATA))
+        else:
+            local = folder.download(local)
         shapes = weight_shapes(local)
         if config is None:
             run = Folder(folder.uri.rpartition("/")[0])
@@ -109,6 +120,8 @@ def load_checkpoint(
             raise ValueError(
                 f"{folder.uri} is a checkpoint of another architecture: {_listed(complaints)}"
             )
+        if meta:
+            return model.eval()
         load_weights(model.to_empty(device="cpu"), local, average=average)
     return model.to(dtype).eval()
 
@@ -149,14 +162,14 @@ def encoder_digest(model: Autoencoder) -> str:
     return digest.hexdigest()
 
 
-def _load_folder(folder: Folder, part: Part | None, dtype: torch.dtype) -> Autoencoder:
+def _load_folder(folder: Folder, part: Part | None, dtype: torch.dtype, meta: bool) -> Autoencoder:
     names = set(folder.names())
     if not names & set(WEIGHT_FILES):
         if is_checkpoint(names):
-            return load_checkpoint(folder, part=part, dtype=dtype)
+            return load_checkpoint(folder, part=part, dtype=dtype, meta=meta)
         export = folder.child(EXPORT)
         if set(export.names()) & set(WEIGHT_FILES):
-            return _load_folder(export, part, dtype)
+            return _load_folder(export, part, dtype, meta)
     for file in _files_of(part):
         if file not in names:
             raise _no_weights(folder, file)
@@ -167,25 +180,30 @@ def _load_folder(folder: Folder, part: Part | None, dtype: torch.dtype) -> Autoe
     if config is None:
         shapes = dict(item for header in headers for item in _shapes(header).items())
         config = config_of_shapes(shapes, folder.uri)
+    model = _checked_model(config, part, folder, folder.uri)
+    if meta:
+        return model
     if folder.is_local:
-        return _build(config, part, Path(folder.uri), dtype, folder.uri)
+        return _fill(model, part, Path(folder.uri), dtype)
     with tempfile.TemporaryDirectory() as scratch:
         for file in _files_of(part):
             filesystem, path = pyarrow.fs.FileSystem.from_uri(f"{folder.uri}/{file}")
             pyarrow.fs.copy_files(path, f"{scratch}/{file}", source_filesystem=filesystem)
-        return _build(config, part, Path(scratch), dtype, folder.uri)
+        return _fill(model, part, Path(scratch), dtype)
 
 
 def _load_repository(
-    name: str, revision: str, given: str, part: Part | None, dtype: torch.dtype
+    name: str, revision: str, given: str, part: Part | None, dtype: torch.dtype, meta: bool
 ) -> Autoencoder:
     wanted = _files_of(part)
-    if name.startswith(_RELEASED_REPOSITORY) and released_name(name):
-        files = fetch(name, revision, wanted, given=given)
-        return _build(AutoencoderConfig.from_name(name), part, files, dtype, given)
-    files = fetch(name, revision, wanted, [CONFIG_FILE], given=given)
+    is_released = name.startswith(_RELEASED_REPOSITORY) and released_name(name)
+    files = fetch(name, revision, wanted, [] if is_released else [CONFIG_FILE], given=given)
     local = Folder.of(str(files))
-    config = _own_config(local) or _noted_config([_header(local, file) for file in wanted], given)
+    if is_released:
+        config: AutoencoderConfig | None = AutoencoderConfig.from_name(name)
+    else:
+        headers = [_header(local, file) for file in wanted]
+        config = _own_config(local) or _noted_config(headers, given)
     if config is None:
         shapes: Shapes = {}
         for file in WEIGHT_FILES:
@@ -195,13 +213,18 @@ def _load_repository(
                 found = fetch_shapes(name, files.name, file, given=given)
             shapes = {**shapes, **found}
         config = config_of_shapes(shapes, given)
-    return _build(config, part, files, dtype, given)
+    model = _checked_model(config, part, local, given)
+    return model if meta else _fill(model, part, files, dtype)
 
 
-def _build(
-    config: AutoencoderConfig, part: Part | None, files: Path, dtype: torch.dtype, source: str
+def _checked_model(
+    config: AutoencoderConfig, part: Part | None, folder: Folder, source: str
 ) -> Autoencoder:
-    """Fill an autoencoder from the files in a local folder; `source` names them in messages."""
+    """Return the model on the meta device, after a look at the headers of its files.
+
+    Args:
+        source: what messages call the folder.
+    """
     with torch.device("meta"):
         model = Autoencoder(config, part)
     complaints: list[str] = []
@@ -211,9 +234,14 @@ def _build(
             for name, parameter in model.named_parameters()
             if file == f"{part_of(name)}.safetensors"
         }
-        complaints += _complaints(expected, _shapes(_header(Folder.of(str(files)), file)))
+        complaints += _complaints(expected, _shapes(_header(folder, file, is_whole=True)))
     if complaints:
         raise ValueError(f"{source} does not hold the weights of its config: {_listed(complaints)}")
+    return model.eval()
+
+
+def _fill(model: Autoencoder, part: Part | None, files: Path, dtype: torch.dtype) -> Autoencoder:
+    """Fill a model on the meta device from the files in a local folder."""
     weights: dict[str, Tensor] = {}
     for file in _files_of(part):
         try:
@@ -231,8 +259,12 @@ def _files_of(part: Part | None) -> list[str]:
     return [f"{side}.safetensors" for side in PARTS if part in (None, side)]
 
 
-def _header(folder: Folder, file: str) -> dict[str, Any]:
-    """Return the header of a safetensors file: an entry a tensor, and perhaps metadata."""
+def _header(folder: Folder, file: str, *, is_whole: bool = False) -> dict[str, Any]:
+    """Return the header of a safetensors file: an entry a tensor, and perhaps metadata.
+
+    Args:
+        is_whole: the tensors must be there too.
+    """
     filesystem, path = pyarrow.fs.FileSystem.from_uri(f"{folder.uri}/{file}")
     try:
         with filesystem.open_input_file(path) as stream:
@@ -240,7 +272,10 @@ def _header(folder: Folder, file: str) -> dict[str, Any]:
             if length > _MAX_HEADER_BYTES:
                 raise ValueError(f"a header of {length} bytes")
             entries = json.loads(stream.read(length))
-        _shapes(entries)  # fails on what is no header
+            _shapes(entries)  # fails on what is no header
+            ends = [x["data_offsets"][1] for name, x in entries.items() if name != "__metadata__"]
+            if is_whole and stream.size() != (expected := 8 + length + max(ends, default=0)):
+                raise ValueError(f"{stream.size()} bytes where its header speaks of {expected}")
         return entries
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{folder.uri}/{file} is damaged: {error}; copy it again") from error

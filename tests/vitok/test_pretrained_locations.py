@@ -1,4 +1,5 @@
 import json
+import os
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -55,6 +56,34 @@ def test_checkpoint_of_a_training_is_a_model(
     assert all(parameter.requires_grad for parameter in loaded.parameters())
     half = load_pretrained(tmp_path / "step-3", part=part, dtype=torch.bfloat16)
     assert_same(half, model.to(torch.bfloat16), part)
+
+
+@pytest.mark.parametrize("kind", ["weights", "checkpoint"])
+def test_without_weights_a_model_is_checked_by_headers_alone(
+    make_autoencoder: Callable[..., Autoencoder], tmp_path: Path, kind: str
+) -> None:
+    model = make_autoencoder()
+    if kind == "weights":
+        save_pretrained(tmp_path, model.config, model.state_dict())
+        data = tmp_path / DECODER
+    else:
+        write_checkpoint(tmp_path, model)
+        (data,) = tmp_path.glob("*.distcp")
+    found = load_pretrained(tmp_path, meta=True)
+    assert found.config == model.config
+    assert all(parameter.is_meta for parameter in found.parameters())
+    shapes, expected = (
+        {name: tuple(parameter.shape) for name, parameter in either.named_parameters()}
+        for either in (found, model)
+    )
+    assert shapes == expected
+    os.truncate(data, data.stat().st_size - 1)
+    if kind == "weights":
+        with pytest.raises(ValueError, match=f"{DECODER} is damaged: .* bytes where its header"):
+            load_pretrained(tmp_path, meta=True)
+    else:
+        data.unlink()
+        assert load_pretrained(tmp_path, meta=True).config == model.config
 
 
 def test_checkpoint_has_the_config_of_its_run(
