@@ -9,9 +9,9 @@ from pathlib import Path
 import torch
 
 from cluster.local import ray_session
-from jobs import recipes
+from jobs import encoding, recipes
 from jobs.sample_corpus import make_sample_corpus
-from pipelines.cache_latents import LatentCaching, cache_latents
+from pipelines.cache_latents import cache_latents
 from pipelines.evaluate import EvaluationConfig, evaluate_model
 from pipelines.latents import LatentCache, LatentRow
 from pipelines.runs import next_step
@@ -24,6 +24,7 @@ from pipelines.train_autoencoder import (
     prepare,
     run_training,
 )
+from pipelines.verify_latents import require_intact, verify_here
 from vitok.autoencoder import Autoencoder
 from vitok.packed import layout_of, unpack_images
 from vitok.pretrained import encoder_digest
@@ -75,20 +76,17 @@ def run_quickstart(storage: str = "runs", fresh: bool = False) -> None:
 
         _headline("4/5", "latents of the whole corpus")
         manifest = cache_latents(
-            LatentCaching(
+            replace(
+                encoding.quickstart(),
                 manifest=str(train_manifest),
                 model=export.uri,
                 out=str(folder / "latents"),
-                unit_samples=32,
-                num_workers=2,
-                cpus_per_worker=0.5,
-                use_gpu=False,
             )
         )
     _headline("5/5", "reading the latents back")
     model = load_autoencoder(export.uri)
     cache = LatentCache(str(folder / "latents"), encoder_digest(model))
-    cache.verify()
+    require_intact(verify_here(cache.location), cache.location)
     decoded = decode_latent(model, cache[0])
     print(
         f"{len(cache)} latents are as they were written; the first, {cache[0].key}, decodes to "
