@@ -75,10 +75,14 @@ def encode(arguments: Sequence[str]) -> None:
     """encode a corpus into a latent cache by a recipe; goes on where it was stopped"""
     from cluster.local import ray_session
     from jobs.encoding import ENCODING
+    from jobs.latents import dry_run
     from pipelines.cache_latents import cache_latents, complete
 
     settings = complete(_recipe(ENCODING, arguments, "encode"))
     with ray_session():
+        if settings.dry_run:
+            dry_run(settings)
+            return
         manifest = cache_latents(settings)
     print(
         f"{manifest.num_images} images, {manifest.num_latents} latents, {manifest.num_tokens} "
@@ -263,7 +267,7 @@ def corpus(arguments: Sequence[str]) -> None:
 
 
 def latents(arguments: Sequence[str]) -> None:
-    """latent caches: check, statistics, contents (latents verify, stats, ls)"""
+    """latent caches: check, contents, other formats (latents verify, stats, ls, export, plan)"""
     from jobs.latents import LATENT_COMMANDS
 
     _sub_command("latents", LATENT_COMMANDS, arguments)

@@ -50,6 +50,7 @@ from pipelines.whole_images import Transform
 from vitok.config import config
 from vitok.pretrained import encoder_digest
 from vitok.storage import Folder
+from vitok.variants import AutoencoderConfig
 
 COMPUTE_DTYPES = ("bfloat16", "float32")
 # Input blocks are all made before the first task starts.
@@ -82,6 +83,7 @@ class LatentCaching:
         cpus_per_reader: CPU cores of each task that decodes; there are as many as fit beside the
             encoders.
         max_unreadable: the job fails if more than this fraction of the samples is unreadable.
+        dry_run: say what it would take, encode a few images to measure that, and write nothing.
     """
 
     manifest: str = ""
@@ -101,6 +103,7 @@ class LatentCaching:
     use_gpu: bool = True
     cpus_per_reader: float = 1.0
     max_unreadable: float = 0.01
+    dry_run: bool = False
 
     def __post_init__(self) -> None:
         for name, choices in (("dtype", tuple(DTYPES)), ("compute_dtype", COMPUTE_DTYPES)):
@@ -144,13 +147,26 @@ def cache_latents(settings: LatentCaching) -> LatentManifest:
     claim_cache(cache, identity)
     remove_old_indexes(cache)
     units = units_of(source, settings.unit_samples)
-    names = [name_of(identity, source, unit) for unit in units]
     committed = committed_units(cache)
-    missing = [i for i, name in enumerate(names) if name not in committed]
+    missing = [
+        i for i, unit in enumerate(units) if name_of(identity, source, unit) not in committed
+    ]
     if missing:
         _encode_missing(settings, identity, source, units, missing)
+    return finish_cache(settings, identity, source, units)
+
+
+def finish_cache(
+    settings: LatentCaching, identity: CacheIdentity, source: Manifest, units: list[Unit]
+) -> LatentManifest:
+    """Sweep up, and write index and manifest over all units, which are committed.
+
+    Raises:
+        RuntimeError: too many samples were unreadable.
+    """
+    cache = Folder(settings.out)
     remove_unfinished(cache.child(UNITS))
-    records = read_records(cache, names)
+    records = read_records(cache, [name_of(identity, source, unit) for unit in units])
     _check_unreadable(settings, source, units, records)
     sources = [source_of(source, unit) for unit in units]
     return write_manifest(cache, identity, source.digest, sources, records)
@@ -188,19 +204,28 @@ def identity_of(settings: LatentCaching) -> CacheIdentity:
         ValueError: a square is no multiple of the model's patch, or it has no log-variances.
     """
     model = load_autoencoder(settings.model, part="encoder")
+    return identity_with(settings, model.config, encoder_digest(model))
+
+
+def identity_with(settings: LatentCaching, model: AutoencoderConfig, digest: str) -> CacheIdentity:
+    """Return what the cache of these settings is of, for a model; errors as those of identity_of.
+
+    Args:
+        digest: of the encoder's weights.
+    """
     for transform in settings.transforms:
-        transform.require_patch(model.config.patch_size)
-    if settings.log_variance and model.config.latent != "kl":
+        transform.require_patch(model.patch_size)
+    if settings.log_variance and model.latent != "kl":
         raise ValueError(
             f"log_variance is set, but the latents of {settings.model} are of the kind "
-            f"{model.config.latent!r}; only those of 'kl' have one"
+            f"{model.latent!r}; only those of 'kl' have one"
         )
     return CacheIdentity(
-        encoder_digest=encoder_digest(model),
+        encoder_digest=digest,
         transforms=settings.transforms,
         flip=settings.flip,
-        patch_size=model.config.patch_size,
-        channels=model.config.latent_channels,
+        patch_size=model.patch_size,
+        channels=model.latent_channels,
         log_variance=settings.log_variance,
         dtype=settings.dtype,
         compute_dtype=settings.compute_dtype,

@@ -235,14 +235,24 @@ def commit_unit(cache: Folder, data: bytes, record: UnitRecord) -> None:
         ValueError: it is committed already, with another content.
     """
     units = cache.child(UNITS)
-    write_file(units, f"{record.name}.safetensors", data)
-    if create_file(units, f"{record.name}.json", as_json(record)):
+    if _is_committed(cache, record):
         return
-    if read_record(cache, record.name) != record:
+    write_file(units, f"{record.name}.safetensors", data)
+    if not create_file(units, f"{record.name}.json", as_json(record)):
+        _is_committed(cache, record)
+
+
+def _is_committed(cache: Folder, record: UnitRecord) -> bool:
+    try:
+        found = read_record(cache, record.name)
+    except FileNotFoundError:
+        return False
+    if found != record:
         raise ValueError(
-            f"{units.uri}/{record.name}.json: another job committed this unit with other content; "
-            "delete it, and run `vitok encode` again, one at a time"
+            f"{cache.uri}/{UNITS}/{record.name}.json: another job committed this unit with other "
+            "content; delete it, and run `vitok encode` again, one at a time"
         )
+    return True
 
 
 def read_record(cache: Folder, name: str) -> UnitRecord:
