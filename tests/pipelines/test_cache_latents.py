@@ -1,4 +1,7 @@
 import json
+import os
+import shutil
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -8,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load
 
-from pipelines.cache_latents import LatentCaching, cache_latents, complete, identity_of
+from pipelines.cache_latents import LatentCaching, _Steps, cache_latents, complete, identity_of
 from pipelines.corpus import Manifest, build_manifest, read_samples, write_shards
 from pipelines.decode import decode_rgb
 from pipelines.encode_units import Encoder, Unit, finish_unit, prepare_unit, units_of
@@ -18,6 +21,7 @@ from pipelines.latents import LatentCache
 from pipelines.train_autoencoder import load_autoencoder
 from pipelines.verify_latents import verify_here
 from tests.conftest import tiny_model
+from tests.pipelines.encoding_process import encode_all
 from vitok.autoencoder import Autoencoder
 from vitok.initialize import start_at_random
 from vitok.packed import pack_images
@@ -193,7 +197,7 @@ def test_units_cover_every_sample_once(caching: LatentCaching) -> None:
 def test_cache_is_the_same_for_any_number_of_actors_and_after_a_kill(
     ray_cluster: None, caching: LatentCaching, tmp_path: Path
 ) -> None:
-    manifest = cache_latents(caching)
+    manifest = cache_latents(replace(caching, num_workers=2))
     alone = files_of(caching.out)
     assert manifest.num_units == 3
     assert len(alone) == 3 + 2 * 3
@@ -203,10 +207,8 @@ def test_cache_is_the_same_for_any_number_of_actors_and_after_a_kill(
     records = source.records(np.arange(source.num_samples))
     assert [row.key for row in cache] == records.key.tolist()
 
-    other = replace(caching, out=str(tmp_path / "other"), num_workers=2)
-    cache_latents(other)
-    assert files_of(other.out) == alone
-
+    other = replace(caching, out=str(tmp_path / "other"))
+    shutil.copytree(caching.out, other.out)
     # As a kill leaves it: one unit without its record, one cut off in writing, one not begun.
     units = Path(other.out) / "units"
     first, second, third = cache.unit_names
@@ -226,6 +228,125 @@ def test_cache_is_the_same_for_any_number_of_actors_and_after_a_kill(
 
     cache_latents(other)
     assert times_of(other.out) == after, "a finished cache is left as it is"
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """encode_all computes with one thread, which other tests need not."""
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+
+
+def test_shards_that_are_added_extend_the_cache(
+    caching: LatentCaching, tmp_path: Path, one_thread: None
+) -> None:
+    source = Manifest.load(caching.manifest)
+    records = source.records(np.arange(24))
+    samples = [
+        {"__key__": f"k{i:02d}", "jpg": data, "cls": i}
+        for i, data in enumerate(read_samples(source, records))
+    ]
+    shards = write_shards(samples, tmp_path / "shards", "s", 12)
+    few = build_manifest(shards[1:], tmp_path / "few")
+    more = build_manifest(shards, tmp_path / "more")
+    growing = replace(caching, manifest=str(few.path), unit_samples=5)
+    encode_all(growing)
+    before, first = times_of(growing.out), LatentCache(growing.out)
+    assert first.manifest.source_digest == few.digest
+    encode_all(replace(growing, manifest=str(more.path)))
+    after, second = times_of(growing.out), LatentCache(growing.out)
+    assert {name: after[name] for name in before} == before, "nothing is encoded again"
+    assert len(after) == 2 * len(before) == 12
+    assert second.unit_names[3:] == first.unit_names
+    assert [row.key for row in second] == [sample["__key__"] for sample in samples]
+    assert second.manifest.source_digest == more.digest
+    whole = replace(growing, manifest=str(more.path), out=str(tmp_path / "whole"))
+    encode_all(whole)
+    grown = files_of(growing.out)
+    old_index = [name for name in grown if name == first.manifest.index]
+    assert {k: v for k, v in grown.items() if k not in old_index} == files_of(whole.out)
+    assert verify_here(growing.out).bad == []
+
+
+@pytest.mark.parametrize(
+    ("function", "error", "said"),
+    [
+        ("fsync", OSError(28, "No space left on device"), "No space left on device"),
+        ("replace", PermissionError(13, "Permission denied"), "Permission denied"),
+    ],
+)
+def test_cache_that_cannot_be_written_is_named_and_goes_on_later(
+    caching: LatentCaching,
+    monkeypatch: pytest.MonkeyPatch,
+    one_thread: None,
+    function: str,
+    error: OSError,
+    said: str,
+) -> None:
+    left = iter(range(4))  # cache.json, a unit, its record, and a part of the next
+    real = getattr(os, function)
+
+    def failing(*given: Any) -> Any:
+        if next(left, None) is None:
+            raise error
+        return real(*given)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, function, failing)
+        with pytest.raises(type(error), match=rf"\.json: cannot be written \({said}\); make room"):
+            encode_all(caching)
+    units = Path(caching.out) / "units"
+    assert len(list(units.glob("*.json"))) == 1
+    assert list(units.glob("*.part")) == [], "nothing half-written is left"
+    with pytest.raises(FileNotFoundError, match="holds no finished latent cache"):
+        LatentCache(caching.out)
+    before = times_of(caching.out)
+    encode_all(caching)
+    after = times_of(caching.out)
+    kept = [name for name in before if name.endswith(".json")]
+    assert [before[name] for name in kept] == [after[name] for name in kept]
+    assert verify_here(caching.out).bad == []
+
+
+def test_shard_that_disappears_is_named(caching: LatentCaching, tmp_path: Path) -> None:
+    source = Manifest.load(caching.manifest)
+    images = read_samples(source, source.records(np.arange(4)))
+    samples = [{"__key__": f"k{i}", "jpg": data} for i, data in enumerate(images)]
+    (shard,) = write_shards(samples, tmp_path / "shards", "s", 4)
+    manifest = build_manifest([shard], tmp_path / "manifest")
+    Path(shard).unlink()
+    identity = identity_of(caching)
+    with pytest.raises(OSError, match=rf"{shard}: this shard cannot be opened .*bring it back"):
+        prepare_unit(manifest, Unit(0, 0, 4), identity)
+
+
+def test_labels_that_are_missing_or_no_class_are_named(
+    caching: LatentCaching, tmp_path: Path
+) -> None:
+    source = Manifest.load(caching.manifest)
+    images = read_samples(source, source.records(np.arange(3)))
+    identity = identity_of(caching)
+    for labels, sentence in (
+        ([{"cls": 0}, {}, {"cls": 4}], r"k1: no label: its \.cls is missing or no integer, where"),
+        ([{"cls": 0}, {"cls": b"cat"}, {}], r"k1: no label"),
+        ([{"cls": 0}, {"cls": 4}, {"cls": 5}], r"k2: label 5, where each must be 0 to 4; mend"),
+        ([{"cls": 0}, {"cls": 4}, {"cls": 1}], ""),
+    ):
+        samples = [
+            {"__key__": f"k{i}", "jpg": data, **label}
+            for i, (data, label) in enumerate(zip(images, labels, strict=True))
+        ]
+        folder = tmp_path / str(len(list(tmp_path.iterdir())))
+        manifest = build_manifest(write_shards(samples, folder, "s", 3), folder / "manifest")
+        steps = _Steps(replace(caching, num_classes=5), identity, manifest)
+        batch = {"unit": np.array([0])}
+        if sentence:
+            with pytest.raises(ValueError, match=sentence):
+                list(steps.prepare(batch))
+        else:
+            assert len(list(steps.prepare(batch))) == 1
+        assert len(list(_Steps(caching, identity, manifest).prepare(batch))) == 1, "0 takes any"
 
 
 def test_cache_of_another_transform_or_encoder_is_refused(caching: LatentCaching) -> None:
