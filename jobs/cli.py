@@ -72,21 +72,25 @@ def evaluate(arguments: Sequence[str]) -> None:
 
 
 def encode(arguments: Sequence[str]) -> None:
-    """encode a corpus into a latent cache; goes on where it was stopped"""
+    """encode a corpus into a latent cache by a recipe; goes on where it was stopped"""
     from cluster.local import ray_session
-    from pipelines.cache_latents import LatentCaching, cache_latents
-    from vitok.storage import Folder
+    from jobs.encoding import ENCODING
+    from jobs.latents import dry_run
+    from pipelines.cache_latents import cache_latents, complete
 
-    settings = tyro.cli(LatentCaching, args=arguments, prog="vitok encode")
+    settings = complete(_recipe(ENCODING, arguments, "encode"))
     with ray_session():
+        if settings.dry_run:
+            dry_run(settings)
+            return
         manifest = cache_latents(settings)
     print(
-        f"{manifest.num_images} images, {manifest.num_tokens} latents, "
-        f"{manifest.num_bytes / 1e6:.1f} MB\ncache: {Folder.of(settings.out).uri}"
+        f"{manifest.num_images} images, {manifest.num_latents} latents, {manifest.num_tokens} "
+        f"tokens, {manifest.num_bytes / 1e6:,.1f} MB"
     )
-    for unit in manifest.units:
-        for key, reason in unit.skipped:
-            print(f"skipped {key}: {reason}")
+    if manifest.num_skipped:
+        print(f"skipped {manifest.num_skipped}: vitok latents ls {settings.out} --skipped")
+    print(f"cache: {settings.out}")
 
 
 def reconstruct(arguments: Sequence[str]) -> None:
@@ -263,30 +267,10 @@ def corpus(arguments: Sequence[str]) -> None:
 
 
 def latents(arguments: Sequence[str]) -> None:
-    """check a latent cache, or print its statistics (latents verify, latents stats)"""
-    from pipelines.latents import LatentCache
+    """latent caches: check, contents, other formats (latents verify, stats, ls, export, plan)"""
+    from jobs.latents import LATENT_COMMANDS
 
-    def verify(cache: tyro.conf.Positional[str], /) -> None:
-        """Compare every file of a latent cache with its digest.
-
-        Args:
-            cache: the cache's folder.
-        """
-        found = LatentCache(cache)
-        found.verify()
-        print(f"{found.folder.uri}: {len(found)} latents as they were written")
-
-    def stats(cache: tyro.conf.Positional[str], /) -> None:
-        """Print what a latent cache holds, as JSON.
-
-        Args:
-            cache: the cache's folder.
-        """
-        manifest = asdict(LatentCache(cache).manifest)
-        manifest.pop("units")
-        print(json.dumps(manifest, indent=2))
-
-    _sub_command("latents", {"verify": verify, "stats": stats}, arguments)
+    _sub_command("latents", LATENT_COMMANDS, arguments)
 
 
 def bench(arguments: Sequence[str]) -> None:

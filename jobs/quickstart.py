@@ -6,14 +6,13 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
-import torch
-
 from cluster.local import ray_session
-from jobs import recipes
+from jobs import encoding, recipes
 from jobs.sample_corpus import make_sample_corpus
-from pipelines.cache_latents import LatentCaching, cache_latents
+from pipelines.cache_latents import cache_latents
 from pipelines.evaluate import EvaluationConfig, evaluate_model
-from pipelines.latents import LatentCache, LatentRow
+from pipelines.judge_latents import decode_row
+from pipelines.latents import LatentCache
 from pipelines.runs import next_step
 from pipelines.shards import local_folder
 from pipelines.tracking import Tracker, open_run
@@ -24,8 +23,7 @@ from pipelines.train_autoencoder import (
     prepare,
     run_training,
 )
-from vitok.autoencoder import Autoencoder
-from vitok.packed import layout_of, unpack_images
+from pipelines.verify_latents import require_intact, verify_here
 from vitok.pretrained import encoder_digest
 
 
@@ -75,21 +73,18 @@ def run_quickstart(storage: str = "runs", fresh: bool = False) -> None:
 
         _headline("4/5", "latents of the whole corpus")
         manifest = cache_latents(
-            LatentCaching(
+            replace(
+                encoding.quickstart(),
                 manifest=str(train_manifest),
                 model=export.uri,
                 out=str(folder / "latents"),
-                unit_samples=32,
-                num_workers=2,
-                cpus_per_worker=0.5,
-                use_gpu=False,
             )
         )
     _headline("5/5", "reading the latents back")
     model = load_autoencoder(export.uri)
     cache = LatentCache(str(folder / "latents"), encoder_digest(model))
-    cache.verify()
-    decoded = decode_latent(model, cache[0])
+    require_intact(verify_here(cache.location), cache.location)
+    decoded = decode_row(model, cache[0])
     print(
         f"{len(cache)} latents are as they were written; the first, {cache[0].key}, decodes to "
         f"{decoded.shape[2]} x {decoded.shape[1]} pixels"
@@ -100,20 +95,6 @@ def run_quickstart(storage: str = "runs", fresh: bool = False) -> None:
         _record(tracker, folder, scores, manifest.num_bytes, plan_of(settings).num_steps)
         rates = tracker.latest_metrics()
     _summary(settings, scores, rates, folder, time.monotonic() - started)
-
-
-def decode_latent(model: Autoencoder, row: LatentRow) -> torch.Tensor:
-    """Decode one cached latent to an image [3, height, width] in [-1, 1]."""
-    patch_size = model.config.patch_size
-    layout = layout_of(
-        [row.image_size],
-        patch_size=patch_size,
-        row_tokens=len(row.latent),
-        max_images=1,
-        max_seqlen=len(row.latent),
-    )
-    decoded = model.decode_packed(layout.with_tokens(row.latent.float()))
-    return unpack_images(decoded, patch_size)[0]
 
 
 def _describe(settings: AutoencoderTraining) -> str:

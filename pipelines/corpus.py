@@ -21,6 +21,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields
 from functools import cached_property, lru_cache
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -43,6 +44,7 @@ __all__ = [
     "Manifest",
     "SampleRecords",
     "ShardIndex",
+    "ShardTable",
     "build_manifest",
     "expand_shards",
     "index_shard",
@@ -83,6 +85,16 @@ class SampleRecords:
         """Return the records at some places, in that order."""
         index = np.asarray(places, dtype=np.int64)
         return SampleRecords(**{f.name: getattr(self, f.name)[index] for f in fields(self)})
+
+
+class ShardTable(Protocol):
+    """What is read from: shards by number, each of a known length."""
+
+    @property
+    def uris(self) -> Sequence[str]: ...
+
+    @property
+    def num_bytes_per_shard(self) -> np.ndarray: ...
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -273,8 +285,8 @@ def refuse_existing(path: str | Path, what: str = "manifest") -> Path:
     return path
 
 
-def read_samples(manifest: Manifest, records: SampleRecords) -> list[bytes]:
-    """Read the encoded images of the records, in their order.
+def read_samples(table: ShardTable, records: SampleRecords) -> list[bytes]:
+    """Read the bytes of the records, in their order.
 
     Each shard is opened once and read front to back, neighbours in one read.
 
@@ -285,9 +297,9 @@ def read_samples(manifest: Manifest, records: SampleRecords) -> list[bytes]:
     images: list[bytes] = [b""] * len(records)
     for rows in _rows_of_each(records.shard):
         shard = int(records.shard[rows[0]])
-        uri = manifest.uris[shard]
+        uri = table.uris[shard]
         rows = rows[np.argsort(records.offset[rows], kind="stable")]
-        with open_ranges(uri, int(manifest.num_bytes_per_shard[shard])) as read:
+        with open_ranges(uri, int(table.num_bytes_per_shard[shard])) as read:
             for span in _spans(rows, records):
                 start = int(records.offset[span[0]])
                 end = int((records.offset[span] + records.length[span]).max())

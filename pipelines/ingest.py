@@ -185,7 +185,7 @@ def load_rows(
         rows: the samples of each row, in order; together they have at most row_tokens tokens.
     """
     place = {sample_id: i for i, sample_id in enumerate(records.sample_id.tolist())}
-    decoded = _decode(corpus, records, [view for row in rows for view in row])
+    decoded = decode_views(corpus, records, [view for row in rows for view in row])
 
     def load_row(views: list[SampleView]) -> PackedRow:
         images: list[NDArray[np.uint8]] = []
@@ -246,7 +246,7 @@ def pack_pixels(
     )
 
 
-def _decode(
+def decode_views(
     corpus: Corpus, records: SampleRecords, views: list[SampleView]
 ) -> dict[SampleView, NDArray[np.uint8] | UnreadableImage]:
     """Read the samples of views as they lie in the shards, and decode each to what is seen of it.
@@ -262,12 +262,17 @@ def _decode(
     for number in np.unique(part_of):
         part = records.take(in_order[part_of == number].tolist())
         for sample_id, data in zip(part.sample_id.tolist(), corpus.read(part), strict=True):
+            shown: dict[tuple[Any, Any], NDArray[np.uint8] | UnreadableImage] = {}
             for view in views_of[sample_id]:
-                try:
-                    pixels = decode_rgb(data, crop=view.crop, size=view.size)
-                    decoded[view] = pixels[:, ::-1] if view.flip else pixels
-                except UnreadableImage as error:
-                    decoded[view] = error
+                part_shown = view.crop, view.size
+                if part_shown not in shown:
+                    try:
+                        shown[part_shown] = decode_rgb(data, crop=view.crop, size=view.size)
+                    except UnreadableImage as error:
+                        shown[part_shown] = error
+                pixels = shown[part_shown]
+                is_mirrored = view.flip and isinstance(pixels, np.ndarray)
+                decoded[view] = pixels[:, ::-1] if is_mirrored else pixels
     return decoded
 
 

@@ -1,241 +1,44 @@
-"""The latent cache on disk: units of ragged latents, their commit records, one manifest.
+"""Reading a latent cache: image by image, in batches, or as the corpus of a training's plan.
 
-    CACHE/cache.json               what the cache is of: encoder digest, transform, its digest
-    CACHE/units/NAME.safetensors   latents [sum N, c], offsets [n+1], grid, image_size, label
-    CACHE/units/NAME.json          commit record; a unit without one does not exist
-    CACHE/manifest.json            all of it: units in order, counts, exact statistics
-
-NAME is a function of the input shard's digest, the slice of it, the encoder and the transform.
+The format is described in latent_units.py and latent_manifest.py. Of a unit only the table in front
+of its latents is read, once, and then the latents that are asked for, neighbours in one read.
 """
 
-import bisect
-import hashlib
-import json
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
+from typing import Any
 
+import numpy as np
 import torch
-from safetensors.torch import load, save
+from numpy.typing import NDArray
 from torch import Tensor
+from torch.utils.data import Dataset, IterableDataset, get_worker_info
 
-from pipelines.whole_images import Transform
-from vitok.config import config, describe_difference, parse_json, to_dict
+from pipelines.corpus import SampleRecords, read_samples
+from pipelines.latent_manifest import LatentManifest, read_index, read_manifest
+from pipelines.latent_units import DTYPES, UNITS, CacheIdentity, LatentRow, read_header, read_keys
+from pipelines.order import sample_order
+from pipelines.shards import open_ranges
+from vitok.patches import grid_size
 from vitok.storage import Folder
 
-CACHE_FILE = "cache.json"
-MANIFEST_FILE = "manifest.json"
-UNITS = "units"
-DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+__all__ = ["LatentCache", "LatentManifest", "LatentRow", "LatentStream"]
+
+# Neighbours stay together in a shuffled order, so that they are read in one request.
+CHUNK_LATENTS = 16
+# From a store, so many units are asked at the same time.
+_STORE_THREADS = 16
+_FLOOR = 1e-6  # a channel that never changes is not divided by less
 
 
-@config
-class CacheIdentity:
-    """What all units of a cache have in common.
+class LatentCache(Dataset[LatentRow]):
+    """A finished cache: a map-style Dataset, and what a Plan takes for its corpus.
 
-    Attributes:
-        encoder_digest: of the encoder's weights.
-        transform: how images were prepared.
-        patch_size: pixels along each side of a patch.
-        dtype: of the stored latents.
-        channels: c of a latent.
-        row_tokens: of the packed rows that were encoded; kernels may round differently at another.
-    """
-
-    encoder_digest: str
-    transform: Transform
-    patch_size: int
-    dtype: str
-    channels: int
-    row_tokens: int
-
-    def unit_name(self, shard_digest: str, start: int, stop: int) -> str:
-        """Return the name of the unit that holds samples start to stop of an input shard."""
-        transform = json.dumps(to_dict(self.transform), sort_keys=True)
-        parts = (shard_digest, start, stop, self.encoder_digest, transform, self.patch_size)
-        parts += (self.dtype, self.row_tokens)
-        return hashlib.sha256(":".join(map(str, parts)).encode()).hexdigest()[:40]
-
-
-@config
-class UnitRecord:
-    """The commit record of one unit.
-
-    Attributes:
-        name: of the unit.
-        num_images, num_tokens: in it.
-        num_bytes, sha256: of its file.
-        channel_sum, channel_square_sum: float64 moments of its latents, for each channel.
-        skipped: (key, reason) of the samples that were unreadable.
-    """
-
-    name: str
-    num_images: int
-    num_tokens: int
-    num_bytes: int
-    sha256: str
-    channel_sum: tuple[float, ...]
-    channel_square_sum: tuple[float, ...]
-    skipped: tuple[tuple[str, str], ...]
-
-
-@config
-class LatentManifest:
-    """All of a cache.
-
-    Attributes:
-        identity: encoder, transform and dtype.
-        source_digest: of the corpus manifest.
-        mean, std: of every channel over all tokens.
-        units: in the order of the corpus.
-    """
-
-    identity: CacheIdentity
-    source_digest: str
-    num_images: int
-    num_tokens: int
-    num_bytes: int
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
-    units: tuple[UnitRecord, ...]
-
-
-@dataclass(frozen=True)
-class LatentRow:
-    """One image's latent.
-
-    Attributes:
-        key: of the image in its corpus.
-        latent: [N, c], row-major over the grid.
-        grid: (rows, columns), N = rows * columns.
-        image_size: pixels (height, width) that were encoded.
-        label: class, -1 for none.
-    """
-
-    key: str
-    latent: Tensor
-    grid: tuple[int, int]
-    image_size: tuple[int, int]
-    label: int
-
-
-def write_unit(
-    cache: Folder,
-    name: str,
-    rows: Sequence[LatentRow],
-    channels: int,
-    dtype: torch.dtype,
-    skipped: Sequence[tuple[str, str]],
-) -> UnitRecord:
-    """Write one unit and commit it; the same rows give the same bytes."""
-    latents = torch.cat([row.latent for row in rows]) if rows else torch.empty(0, channels)
-    latents = latents.to(dtype)
-    lengths = torch.tensor([len(row.latent) for row in rows], dtype=torch.int64)
-    tensors = {
-        "latents": latents,
-        "offsets": torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)]),
-        "grid": torch.tensor([row.grid for row in rows], dtype=torch.int32).reshape(-1, 2),
-        "image_size": torch.tensor([row.image_size for row in rows], dtype=torch.int32).reshape(
-            -1, 2
-        ),
-        "label": torch.tensor([row.label for row in rows], dtype=torch.int64),
-        # Keys as bytes, so that any reader of safetensors finds them among the tensors.
-        "keys": _encode_keys([row.key for row in rows]),
-    }
-    data = save(tensors)
-    values = latents.double()
-    record = UnitRecord(
-        name=name,
-        num_images=len(rows),
-        num_tokens=len(latents),
-        num_bytes=len(data),
-        sha256=hashlib.sha256(data).hexdigest(),
-        channel_sum=tuple(values.sum(0).tolist()),
-        channel_square_sum=tuple(values.square().sum(0).tolist()),
-        skipped=tuple(skipped),
-    )
-    units = cache.child(UNITS)
-    units.write_bytes(f"{name}.safetensors", data)
-    units.write_text(f"{name}.json", json.dumps(to_dict(record)))
-    return record
-
-
-def read_record(cache: Folder, name: str) -> UnitRecord:
-    """Read the commit record of a unit.
-
-    Raises:
-        FileNotFoundError: the unit is not committed.
-        ValueError: the record is damaged.
-    """
-    text = cache.child(UNITS).read_bytes(f"{name}.json").decode()
-    return parse_json(UnitRecord, text, f"{cache.uri}/{UNITS}/{name}.json")
-
-
-def committed_units(cache: Folder) -> set[str]:
-    """Return the names of the units that have a commit record."""
-    return {
-        name.removesuffix(".json") for name in cache.child(UNITS).names() if name.endswith(".json")
-    }
-
-
-def claim_cache(cache: Folder, identity: CacheIdentity) -> None:
-    """Note in a new cache's folder what it is of, or check that the cache there is of the same.
-
-    Raises:
-        ValueError: it is another cache; the differences are listed.
-    """
-    found = _read_identity(cache)
-    if found is None:
-        cache.write_text(CACHE_FILE, json.dumps(to_dict(identity), indent=2) + "\n")
-    elif differences := describe_difference(found, identity):
-        raise ValueError(
-            f"{cache.uri} holds another cache ({'; '.join(differences)}); choose another folder"
-        )
-
-
-def _read_identity(cache: Folder) -> CacheIdentity | None:
-    text = cache.read_text(CACHE_FILE)
-    return parse_json(CacheIdentity, text, f"{cache.uri}/{CACHE_FILE}") if text else None
-
-
-def _merge(
-    identity: CacheIdentity, source_digest: str, records: Sequence[UnitRecord]
-) -> LatentManifest:
-    """Merge the commit records of a cache, in the order of the corpus.
-
-    Moments are added in float64 in that order, whoever computed them and when.
-    """
-    count = sum(record.num_tokens for record in records)
-    total = torch.zeros(identity.channels, dtype=torch.float64)
-    squares = torch.zeros(identity.channels, dtype=torch.float64)
-    for record in records:
-        total += torch.tensor(record.channel_sum, dtype=torch.float64)
-        squares += torch.tensor(record.channel_square_sum, dtype=torch.float64)
-    mean = total / max(1, count)
-    std = (squares / max(1, count) - mean.square()).clamp(min=0).sqrt()
-    return LatentManifest(
-        identity=identity,
-        source_digest=source_digest,
-        num_images=sum(record.num_images for record in records),
-        num_tokens=count,
-        num_bytes=sum(record.num_bytes for record in records),
-        mean=tuple(mean.tolist()),
-        std=tuple(std.tolist()),
-        units=tuple(records),
-    )
-
-
-def write_manifest(
-    cache: Folder, identity: CacheIdentity, source_digest: str, records: Sequence[UnitRecord]
-) -> LatentManifest:
-    """Write the manifest over all commit records: from here on the cache can be read."""
-    manifest = _merge(identity, source_digest, records)
-    cache.write_text(MANIFEST_FILE, json.dumps(to_dict(manifest), indent=1) + "\n")
-    return manifest
-
-
-class LatentCache:
-    """A finished cache, read image by image.
+    Latents are numbered 0 .. num_samples - 1 through all units, in the order of the corpus that was
+    encoded; in a unit all images come at the first size, then mirrored, then at the next size. It
+    can be sent to other processes, and used by several threads.
 
     Args:
         location: folder or `s3://` prefix.
@@ -243,102 +46,296 @@ class LatentCache:
 
     Raises:
         FileNotFoundError: there is no finished cache.
-        ValueError: it is of another encoder.
+        ValueError: it is of another encoder, or damaged.
     """
 
     def __init__(self, location: str, encoder_digest: str | None = None) -> None:
         self.folder = Folder.of(location)
-        text = self.folder.read_text(MANIFEST_FILE)
-        if text is None:
-            raise FileNotFoundError(
-                f"{self.folder.uri} holds no finished latent cache (no {MANIFEST_FILE}); "
-                "`vitok encode` makes one, and goes on where it was stopped"
-            )
-        source = f"{self.folder.uri}/{MANIFEST_FILE}"
-        self.manifest = parse_json(LatentManifest, text, source)
-        found = self.manifest.identity.encoder_digest
+        self.manifest = read_manifest(self.folder)
+        found = self.identity.encoder_digest
         if encoder_digest is not None and encoder_digest != found:
             raise ValueError(
                 f"{self.folder.uri} holds latents of the encoder {found[:12]}, not of "
                 f"{encoder_digest[:12]}; encode again, or use the model that made them"
             )
-        self._last_of_unit: list[int] = []
-        for unit in self.manifest.units:
-            before = self._last_of_unit[-1] if self._last_of_unit else 0
-            self._last_of_unit.append(before + unit.num_images)
+        index = read_index(self.folder, self.manifest)
+        self.unit_names: list[str] = index["name"].to_pylist()
+        self.num_bytes_per_shard: NDArray[np.int64] = index["num_bytes"].to_numpy()
+        self._table_bytes: NDArray[np.int64] = index["table_bytes"].to_numpy()
+        # [units + 1]: number of each unit's first latent, closed by that of all.
+        self.first_sample = np.append(index["first_latent"].to_numpy(), self.manifest.num_latents)
+
+    @property
+    def identity(self) -> CacheIdentity:
+        """What the cache is of."""
+        return self.manifest.identity
+
+    @cached_property
+    def uris(self) -> list[str]:
+        """Where the units lie."""
+        return [f"{self.folder.uri}/{UNITS}/{name}.safetensors" for name in self.unit_names]
+
+    @property
+    def num_samples(self) -> int:
+        """Latents: every image at every size, mirrored or not."""
+        return self.manifest.num_latents
+
+    @property
+    def digest(self) -> str:
+        """sha256 (hex) of the index: the order of latents follows from it."""
+        return self.manifest.index_sha256
+
+    @property
+    def location(self) -> str:
+        """Where the cache lies, for messages."""
+        return self.folder.uri
 
     def __len__(self) -> int:
-        return self.manifest.num_images
+        return self.num_samples
 
     def __getitem__(self, index: int) -> LatentRow:
-        if not 0 <= index < len(self):
-            raise IndexError(f"image {index} of a cache of {len(self)}")
-        unit = bisect.bisect_right(self._last_of_unit, index)
-        first = self._last_of_unit[unit - 1] if unit else 0
-        return _row(*_load_unit(self.folder, self.manifest.units[unit].name), index - first)
+        return self.__getitems__([index])[0]
+
+    def __getitems__(self, indices: Sequence[int]) -> list[LatentRow]:
+        """Read several latents at once; DataLoader asks for a batch in this way."""
+        return self.read(self.records(np.asarray(indices, np.int64)))
 
     def __iter__(self) -> Iterator[LatentRow]:
-        return (self[index] for index in range(len(self)))
+        for start in range(0, len(self), CHUNK_LATENTS):
+            yield from self.__getitems__(range(start, min(start + CHUNK_LATENTS, len(self))))
 
-    def normalize(self, latent: Tensor) -> Tensor:
-        """Give a latent [N, c] mean 0 and variance 1 in every channel, over the whole cache."""
-        mean = torch.tensor(self.manifest.mean, dtype=torch.float32)
-        std = torch.tensor(self.manifest.std, dtype=torch.float32)
-        return (latent.float() - mean) / std.clamp(min=1e-6)
+    def order(
+        self, start: int, count: int, *, chunk_samples: int, seed: int
+    ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Return the latents at places start to start + count of the endless shuffled stream.
 
-    def verify(self) -> None:
-        """Compare every file of the cache with what the others say of it.
+        Returns:
+            (epoch, number) of each, int64 [count].
+        """
+        return sample_order(
+            np.arange(start, start + count, dtype=np.int64),
+            num_samples=self.num_samples,
+            chunk_samples=chunk_samples,
+            seed=seed,
+        )
+
+    def epochs(self, num_images: int) -> dict[str, float]:
+        """Return how often the cache was used after so many latents."""
+        return {"": num_images / self.num_samples}
+
+    def records(self, sample_ids: NDArray[np.int64]) -> SampleRecords:
+        """Return where latents lie and what is known of them, in the order given.
+
+        Width and height are those of the image that was encoded: cut into patches, its grid is
+        that of the latent. Offset and length are bytes in the unit's file, and shard is the unit.
+        """
+        sample_ids = np.asarray(sample_ids, np.int64)
+        outside = sample_ids[(sample_ids < 0) | (sample_ids >= len(self))]
+        if outside.size:
+            raise IndexError(f"image {outside[0]} of a cache of {len(self)}")
+        unit = np.searchsorted(self.first_sample, sample_ids, side="right") - 1
+        place = sample_ids - self.first_sample[unit]
+        tables = self._tables(unit)
+        rows = [(tables[u], i) for u, i in zip(unit.tolist(), place.tolist(), strict=True)]
+        size = np.array([table.image_size[i] for table, i in rows]).reshape(-1, 2)
+        bounds = np.array([table.offsets[i : i + 2] for table, i in rows]).reshape(-1, 2)
+        num_bytes = bounds * self.identity.bytes_per_token
+        key = np.empty(len(rows), dtype=object)
+        key[:] = [table.keys[i] for table, i in rows]
+        return SampleRecords(
+            sample_id=sample_ids,
+            shard=unit,
+            key=key,
+            offset=self._table_bytes[unit] + num_bytes[:, 0],
+            length=num_bytes[:, 1] - num_bytes[:, 0],
+            width=size[:, 1].astype(np.int32),
+            height=size[:, 0].astype(np.int32),
+            label=np.array([table.label[i] for table, i in rows], np.int64),
+        )
+
+    def read(self, records: SampleRecords) -> list[LatentRow]:
+        """Read the latents of records, in their order.
 
         Raises:
-            ValueError: a file is damaged or missing; the first is named.
+            OSError: a unit is missing or cut off, or the store failed.
         """
-        identity = _read_identity(self.folder)
-        records = []
-        for unit in self.manifest.units:
-            name = f"{unit.name}.safetensors"
-            units = self.folder.child(UNITS)
-            if not units.exists(f"{unit.name}.json"):
-                raise ValueError(
-                    f"{units.uri}/{unit.name}.json is missing; run `vitok encode` again"
+        data = self._read_bytes(records)
+        variants = self._variants(records)
+        identity = self.identity
+        rows = []
+        for i, values in enumerate(data):
+            size = int(records.height[i]), int(records.width[i])
+            tokens = torch.frombuffer(bytearray(values), dtype=DTYPES[identity.dtype])
+            tokens = tokens.reshape(-1, identity.values_per_token)
+            latent, log_variance = tokens, None
+            if identity.log_variance:
+                latent, log_variance = tokens.split(identity.channels, dim=1)
+            rows.append(
+                LatentRow(
+                    key=str(records.key[i]),
+                    latent=latent,
+                    grid=grid_size(*size, identity.patch_size),
+                    image_size=size,
+                    label=int(records.label[i]),
+                    transform=variants[i][0],
+                    flipped=bool(variants[i][1]),
+                    log_variance=log_variance,
                 )
-            if not units.exists(name):
-                raise ValueError(
-                    f"{units.uri}/{name} is missing; delete its .json and run `vitok encode` again"
-                )
-            found = hashlib.sha256(units.read_bytes(name)).hexdigest()
-            if found != unit.sha256:
-                raise ValueError(
-                    f"{units.uri}/{name} is damaged: sha256 {found[:12]} instead of "
-                    f"{unit.sha256[:12]}; delete it and its .json and run `vitok encode` again"
-                )
-            records.append(read_record(self.folder, unit.name))
-        rebuilt = _merge(identity or self.manifest.identity, self.manifest.source_digest, records)
-        if identity is None or rebuilt != self.manifest:
-            raise ValueError(
-                f"{self.folder.uri}: {MANIFEST_FILE}, {CACHE_FILE} and the records of the units "
-                "contradict each other; one of them is damaged. Delete the manifest and run "
-                "`vitok encode` again"
+            )
+        return rows
+
+    def uri(self, shard: int) -> str:
+        """Return where a unit lies."""
+        return f"{self.folder.uri}/{UNITS}/{self.unit_names[shard]}.safetensors"
+
+    def normalize(self, latent: Tensor) -> Tensor:
+        """Give a latent [..., c] mean 0 and variance 1 in every channel, over the whole cache."""
+        mean, std = self._statistics(latent)
+        return (latent.float() - mean) / std
+
+    def denormalize(self, latent: Tensor) -> Tensor:
+        """Undo normalize."""
+        mean, std = self._statistics(latent)
+        return latent.float() * std + mean
+
+    def _statistics(self, latent: Tensor) -> tuple[Tensor, Tensor]:
+        channels = self.identity.channels
+        mean = torch.tensor(self.manifest.mean[:channels], device=latent.device)
+        std = torch.tensor(self.manifest.std[:channels], device=latent.device)
+        return mean, std.clamp(min=_FLOOR)
+
+    def _tables(self, units: NDArray[np.int64]) -> "dict[int, _Table]":
+        wanted = np.unique(units).tolist()
+
+        def load(unit: int) -> _Table:
+            return _load_table(
+                self.uri(unit),
+                int(self.num_bytes_per_shard[unit]),
+                int(self._table_bytes[unit]),
+                int(self.first_sample[unit + 1] - self.first_sample[unit]),
             )
 
+        if self.folder.is_local or len(wanted) == 1:
+            return {unit: load(unit) for unit in wanted}
+        with ThreadPoolExecutor(_STORE_THREADS) as pool:
+            return dict(zip(wanted, pool.map(load, wanted), strict=True))
 
-@lru_cache(maxsize=4)
-def _load_unit(cache: Folder, name: str) -> tuple[dict[str, Tensor], list[str]]:
-    unit = load(cache.child(UNITS).read_bytes(f"{name}.safetensors"))
-    return unit, json.loads(unit["keys"].numpy().tobytes())
+    def _read_bytes(self, records: SampleRecords) -> list[bytes]:
+        units = np.unique(records.shard)
+        if self.folder.is_local or len(units) < 2:
+            return read_samples(self, records)
+        parts = [np.flatnonzero(records.shard == unit).tolist() for unit in units]
+        data = [b""] * len(records)
+        with ThreadPoolExecutor(_STORE_THREADS) as pool:
+            found = pool.map(lambda part: read_samples(self, records.take(part)), parts)
+            for part, values in zip(parts, found, strict=True):
+                for place, value in zip(part, values, strict=True):
+                    data[place] = value
+        return data
+
+    def _variants(self, records: SampleRecords) -> list[Any]:
+        if self.identity.num_variants == 1:
+            return [(0, 0)] * len(records)
+        tables = self._tables(records.shard)
+        place = records.sample_id - self.first_sample[records.shard]
+        pairs = zip(records.shard.tolist(), place.tolist(), strict=True)
+        return [tables[unit].variant[i].tolist() for unit, i in pairs]
 
 
-def _row(unit: dict[str, Tensor], keys: list[str], index: int) -> LatentRow:
-    start, stop = unit["offsets"][index : index + 2].tolist()
-    rows, columns = unit["grid"][index].tolist()
-    height, width = unit["image_size"][index].tolist()
-    return LatentRow(
-        key=keys[index],
-        latent=unit["latents"][start:stop],
-        grid=(rows, columns),
-        image_size=(height, width),
-        label=int(unit["label"][index]),
-    )
+class LatentStream(IterableDataset[list[LatentRow]]):
+    """The cache as an endless stream of batches, shuffled anew in every epoch.
+
+    What comes when is a function of cache, seed and global batch: rank r of the world gets rows
+    r * batch_size to (r + 1) * batch_size of each global batch, and however many processes a
+    DataLoader(stream, batch_size=None, num_workers=...) has, it hands the batches out in order.
+
+    Args:
+        batch_size: latents of one rank's batch.
+        cursor: {"images": n}, where to begin: behind so many latents of all ranks; see cursor().
+        chunk_latents: neighbours that stay together.
+    """
+
+    def __init__(
+        self,
+        cache: LatentCache,
+        *,
+        batch_size: int,
+        seed: int,
+        rank: int = 0,
+        world_size: int = 1,
+        cursor: dict[str, int] | None = None,
+        chunk_latents: int = CHUNK_LATENTS,
+    ) -> None:
+        if not 0 <= rank < world_size:
+            raise ValueError(f"{rank=} must be one of 0 to {world_size - 1}, as {world_size=}")
+        if min(batch_size, chunk_latents) < 1:
+            raise ValueError(f"{batch_size=} and {chunk_latents=} must be at least 1")
+        if len(cache) == 0:
+            raise ValueError(f"{cache.location} holds no latents; encode images that are readable")
+        self.cache = cache
+        self._batch_size, self._rank, self._world_size = batch_size, rank, world_size
+        self._seed, self._chunk_latents = seed, chunk_latents
+        self._first = (cursor or {"images": 0})["images"]
+
+    def cursor(self, num_batches: int) -> dict[str, int]:
+        """Return where the stream stands after every rank took so many batches of it."""
+        return {"images": self._first + num_batches * self._batch_size * self._world_size}
+
+    def __iter__(self) -> Iterator[list[LatentRow]]:
+        process = get_worker_info()
+        number, step = (process.id, process.num_workers) if process else (0, 1)
+        while True:
+            start = self.cursor(number)["images"] + self._rank * self._batch_size
+            _, latents = self.cache.order(
+                start, self._batch_size, chunk_samples=self._chunk_latents, seed=self._seed
+            )
+            yield self.cache.__getitems__(latents.tolist())
+            number += step
 
 
-def _encode_keys(keys: Sequence[str]) -> Tensor:
-    return torch.frombuffer(bytearray(json.dumps(list(keys)).encode()), dtype=torch.uint8)
+@dataclass(frozen=True, eq=False)
+class _Table:
+    """What a unit says of its rows, in front of the latents; see latent_units.make_unit."""
+
+    keys: list[str]
+    offsets: NDArray[np.int64]
+    image_size: NDArray[np.int64]
+    label: NDArray[np.int64]
+    variant: NDArray[np.int64]
+
+
+# A table of 512 rows takes about 100 KB.
+@lru_cache(maxsize=2048)
+def _load_table(uri: str, num_bytes: int, table_bytes: int, num_latents: int) -> _Table:
+    """Read what lies in front of a unit's latents, in one request.
+
+    Raises:
+        OSError: it cannot be read.
+        ValueError: it is damaged.
+    """
+    with open_ranges(uri, num_bytes) as read:
+        data = bytes(read(0, table_bytes))
+    try:
+        header = read_header(data)
+        # The values lie behind the header, and this behind its length.
+        tensors = memoryview(data)[8 + int.from_bytes(data[:8], "little") :]
+
+        def array(name: str) -> NDArray[np.int64]:
+            start, stop = header[name]["data_offsets"]
+            return np.frombuffer(tensors[start:stop], np.int64).reshape(header[name]["shape"])
+
+        table = _Table(
+            keys=read_keys(data),
+            offsets=array("offsets"),
+            image_size=array("image_size"),
+            label=array("label"),
+            variant=array("variant"),
+        )
+        if not len(table.keys) == len(table.label) == len(table.offsets) - 1 == num_latents:
+            raise ValueError(f"{len(table.keys)} rows instead of {num_latents}")
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"{uri} is damaged: {error}; `vitok latents verify` finds all that is, and says what "
+            "to do"
+        ) from error
+    return table

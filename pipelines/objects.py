@@ -21,8 +21,10 @@ from pipelines.stores import (
     Fault,
     ObjectChanged,
     PastTheEnd,
+    delete,
     get,
     list_page,
+    put,
 )
 
 __all__ = [
@@ -30,7 +32,9 @@ __all__ = [
     "RemoteObject",
     "StoreUnavailable",
     "check_length",
+    "delete_object",
     "list_objects",
+    "put_object",
     "retry_counts",
 ]
 
@@ -209,10 +213,47 @@ def list_objects(uri: str, *, recursive: bool) -> list[str]:
             return sorted(found)
 
 
-class _Attempts:
-    """Failed attempts since it last went forward."""
+def put_object(uri: str, data: bytes, *, only_new: bool = False) -> bool:
+    """Write a whole object s3://BUCKET/KEY; a reader sees all of it or nothing.
 
-    def __init__(self) -> None:
+    Args:
+        only_new: leave an object of that name as it is. After a lost answer, it may be ours.
+
+    Returns:
+        whether it was written.
+
+    Raises:
+        FileNotFoundError, PermissionError, StoreUnavailable, OSError: it cannot be written.
+    """
+    if not uri.startswith("s3://"):
+        raise ValueError(f"{uri}: cannot be written; give a local folder or s3://BUCKET/PREFIX")
+    attempts = _Attempts("written")
+    while True:
+        try:
+            return put(uri, data, only_new=only_new)
+        except Fault as fault:
+            attempts.failed(fault, uri)
+
+
+def delete_object(uri: str) -> None:
+    """Delete an object s3://BUCKET/KEY, if it is there; errors as those of put_object."""
+    attempts = _Attempts("deleted")
+    while True:
+        try:
+            return delete(uri)
+        except Fault as fault:
+            attempts.failed(fault, uri)
+
+
+class _Attempts:
+    """Failed attempts since it last went forward.
+
+    Args:
+        goal: what is attempted, as a participle.
+    """
+
+    def __init__(self, goal: str = "read") -> None:
+        self._goal = goal
         self._num_failed = 0
         self._failing_since = 0.0
 
@@ -232,9 +273,11 @@ class _Attempts:
         pause_s = _jitter.uniform(0, min(MAX_PAUSE_S, FIRST_PAUSE_S * 2 ** (self._num_failed - 1)))
         elapsed_s = now - self._failing_since
         if self._num_failed >= MAX_ATTEMPTS or elapsed_s + pause_s > MAX_RETRY_S:
+            remedy = ", or leave the shard out" if self._goal == "read" else ""
             raise StoreUnavailable(
-                f"{what} could not be read in {self._num_failed} attempts over {elapsed_s:.0f} s, "
-                f"the last one: {fault}; try again when the store is well, or leave the shard out"
+                f"{what} could not be {self._goal} in {self._num_failed} attempts over "
+                f"{elapsed_s:.0f} s, the last one: {fault}; try again when the store is "
+                f"well{remedy}"
             ) from fault
         with _retries_lock:
             _retries[fault.reason] += 1

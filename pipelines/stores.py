@@ -49,7 +49,7 @@ _TIMEOUTS = (
 )
 _CREDENTIALS = (
     "for s3:// the standard AWS chain (environment, profile, role) must give credentials that may "
-    "list and read it; a signed http URL may have expired"
+    "list, read and, for results, write it; a signed http URL may have expired"
 )
 
 
@@ -90,6 +90,41 @@ def get(uri: str, byte_range: str, version: str | None) -> Answer:
         PastTheEnd, ObjectChanged, FileNotFoundError, PermissionError, OSError: as they say.
     """
     return (_get_s3 if uri.startswith("s3://") else _get_http)(uri, byte_range, version)
+
+
+def put(uri: str, data: bytes, *, only_new: bool) -> bool:
+    """Send one request that writes a whole object of S3; it appears when it is complete.
+
+    Args:
+        only_new: leave an object of that name as it is.
+
+    Returns:
+        whether it was written.
+
+    Raises:
+        Fault: this attempt failed, another one may not.
+        FileNotFoundError, PermissionError, OSError: as they say.
+    """
+    bucket, key = _bucket_and_key(uri)
+    condition = {"IfNoneMatch": "*"} if only_new else {}
+    with _named_failures(uri):
+        try:
+            _s3_client(*_client_key()).put_object(Bucket=bucket, Key=key, Body=data, **condition)
+        except botocore.exceptions.ClientError as error:
+            code = error.response.get("Error", {}).get("Code", "")
+            if code == "ConditionalRequestConflict":  # another one is being written just now
+                raise Fault("conflict", code) from error
+            if only_new and code == "PreconditionFailed":
+                return False
+            raise
+    return True
+
+
+def delete(uri: str) -> None:
+    """Send one request that deletes an object of S3, if it is there; errors as those of put."""
+    bucket, key = _bucket_and_key(uri)
+    with _named_failures(uri):
+        _s3_client(*_client_key()).delete_object(Bucket=bucket, Key=key)
 
 
 def list_page(uri: str, token: str | None, *, recursive: bool) -> tuple[list[str], str | None]:

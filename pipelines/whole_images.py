@@ -1,9 +1,13 @@
 """Whole images as packed rows, outside the plan of a training: for evaluation and latent caches."""
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
 
 from pipelines.corpus import SampleRecords
-from pipelines.ingest import PackedRow, load_rows
+from pipelines.decode import UnreadableImage
+from pipelines.ingest import PackedRow, decode_views, load_rows, pack_pixels
 from pipelines.mixture import Corpus
 from pipelines.packing import pack_best_fit
 from pipelines.plan import SampleView
@@ -62,8 +66,10 @@ class Transform:
         scale = min(1.0, self.longest_side / max(height, width))
         return max(1, round(height * scale)), max(1, round(width * scale))
 
-    def view(self, sample_id: int, height: int, width: int, patch_size: int) -> SampleView:
-        """Return what is seen of a sample of height x width pixels."""
+    def view(
+        self, sample_id: int, height: int, width: int, patch_size: int, flip: bool = False
+    ) -> SampleView:
+        """Return what is seen of a sample of height x width pixels; mirrored, if so asked."""
         crop = (0, 0, height, width)
         if self.square:
             side = min(height, width)
@@ -74,17 +80,20 @@ class Transform:
             crop=crop,
             size=self.size(height, width, patch_size),
             tile_position=(0.5, 0.5),
+            flip=flip,
         )
 
-    def views(self, records: SampleRecords, patch_size: int) -> list[SampleView]:
-        """Return what is seen of each of some samples."""
+    def views(
+        self, records: SampleRecords, patch_size: int, flip: bool = False
+    ) -> list[SampleView]:
+        """Return what is seen of each of some samples; mirrored, if so asked."""
         sizes = zip(
             records.sample_id.tolist(),
             records.height.tolist(),
             records.width.tolist(),
             strict=True,
         )
-        return [self.view(*sample, patch_size) for sample in sizes]
+        return [self.view(*sample, patch_size, flip) for sample in sizes]
 
 
 def iterate_rows(
@@ -104,13 +113,9 @@ def iterate_rows(
         records: where the samples of the views lie.
         row_tokens: tokens of a row; as many as the largest view has, if that is more.
     """
-    lengths = [view.num_tokens(patch_size) for view in views]
-    row_tokens = max(row_tokens, *lengths)
-    rows = pack_best_fit(lengths, row_tokens=row_tokens, max_images=len(views))
-    rows.sort(key=lambda members: members[0])
-    max_images = max(len(members) for members in rows)
+    packing = pack_views(views, patch_size=patch_size, row_tokens=row_tokens)
     place = {sample_id: i for i, sample_id in enumerate(records.sample_id.tolist())}
-    for members in rows:
+    for members in packing.members:
         packed = [views[i] for i in members]
         yield from load_rows(
             corpus,
@@ -118,7 +123,73 @@ def iterate_rows(
             [packed],
             step=0,
             patch_size=patch_size,
-            row_tokens=row_tokens,
-            max_images=max_images,
-            max_seqlen=max(lengths),
+            row_tokens=packing.row_tokens,
+            max_images=packing.max_images,
+            max_seqlen=packing.max_seqlen,
         )
+
+
+@dataclass(frozen=True)
+class Packing:
+    """Which views share a row, and the one shape that all rows have.
+
+    Attributes:
+        members: of each row, as places among the views, ascending.
+    """
+
+    members: list[list[int]]
+    row_tokens: int
+    max_images: int
+    max_seqlen: int
+
+
+def pack_views(views: Sequence[SampleView], *, patch_size: int, row_tokens: int) -> Packing:
+    """Pack views into as few rows as best-fit finds; see iterate_rows."""
+    lengths = [view.num_tokens(patch_size) for view in views]
+    row_tokens = max(row_tokens, *lengths)
+    rows = pack_best_fit(lengths, row_tokens=row_tokens, max_images=len(views))
+    rows.sort(key=lambda members: members[0])
+    return Packing(
+        members=rows,
+        row_tokens=row_tokens,
+        max_images=max(len(members) for members in rows),
+        max_seqlen=max(lengths),
+    )
+
+
+def load_packing(
+    corpus: Corpus,
+    records: SampleRecords,
+    views: Sequence[SampleView],
+    packing: Packing,
+    *,
+    patch_size: int,
+) -> tuple[list[PackedRow], list[list[int]], dict[int, str]]:
+    """Load all rows of a packing at once: every sample is read once, in the order of the shard.
+
+    Returns:
+        the rows, without keys; the places among the views of what is in each; and why views are
+        unreadable, by their places: these leave their slots out.
+    """
+    decoded = decode_views(corpus, records, list(views))
+    rows, found = [], []
+    unreadable = {
+        i: str(error)
+        for i, view in enumerate(views)
+        if isinstance(error := decoded[view], UnreadableImage)
+    }
+    for members in packing.members:
+        readable = {
+            i: pixels for i in members if isinstance(pixels := decoded[views[i]], np.ndarray)
+        }
+        found.append(list(readable))
+        rows.append(
+            pack_pixels(
+                list(readable.values()),
+                patch_size=patch_size,
+                row_tokens=packing.row_tokens,
+                max_images=packing.max_images,
+                max_seqlen=packing.max_seqlen,
+            )
+        )
+    return rows, found, unreadable

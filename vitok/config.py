@@ -30,7 +30,7 @@ def require_choice(name: str, value: object, choices: object) -> None:
 
 def to_dict(value: Any) -> dict[str, Any]:
     """Return a config as plain JSON types (tuples become lists, paths strings)."""
-    return TypeAdapter(type(value)).dump_python(value, mode="json")
+    return _adapter(type(value)).dump_python(value, mode="json")
 
 
 def flatten(value: Any) -> dict[str, Any]:
@@ -63,7 +63,7 @@ def parse_config(cls: type[ConfigT], fields: Any, source: str) -> ConfigT:
         ValueError: an unknown, missing or wrong field; `source` says where it came from.
     """
     try:
-        return TypeAdapter(cls).validate_python(fields)
+        return _adapter(cls).validate_python(fields)
     except ValidationError as error:
         complaints = "; ".join(
             f"{'.'.join(map(str, item['loc'])) or cls.__name__}: {item['msg']}"
@@ -104,3 +104,13 @@ def describe_difference(old: Any, new: Any) -> list[str]:
         for name in sorted(before.keys() | after.keys())
         if before.get(name) != after.get(name)
     ]
+
+
+_adapters: dict[type, TypeAdapter[Any]] = {}
+
+
+def _adapter(cls: type) -> TypeAdapter[Any]:
+    """Return what reads and writes a class: made once, as that takes longer than its use."""
+    if cls not in _adapters:
+        _adapters[cls] = TypeAdapter(cls)
+    return _adapters[cls]

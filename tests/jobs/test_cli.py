@@ -10,24 +10,16 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-import torch
 from PIL import Image
 
 from cluster import local
 from jobs.bench import BENCHMARKS
 from jobs.cli import COMMANDS, main
 from jobs.corpus import CORPUS_COMMANDS
+from jobs.latents import LATENT_COMMANDS
 from jobs.recipes import TRAINING
 from pipelines.corpus import Manifest
-from pipelines.latents import (
-    CacheIdentity,
-    LatentRow,
-    claim_cache,
-    write_manifest,
-    write_unit,
-)
-from pipelines.whole_images import Transform
-from vitok.storage import Folder
+from tests.pipelines.small_caches import CHANNELS, ROWS, write_small_cache
 
 
 class Outcome(NamedTuple):
@@ -88,7 +80,7 @@ def test_unknown_command_and_recipe_name_the_nearest(vitok) -> None:
         (["train", "quickstart", "--freeze", "magic"], ["--freeze", "none", "encoder"]),
         (["export", "run", "folder", "--averaged"], ["--averaged", "--average"]),
         (["evaluate", "--model", "m"], ["--manifest"]),
-        (["encode", "--modle", "m"], ["--modle"]),
+        (["encode", "quickstart", "--modle", "m"], ["--modle", "--model"]),
         (["quickstart", "--frehs"], ["--frehs", "--fresh"]),
         (["corpus", "build", "a", "b", "--shard-mbs", "1"], ["--shard-mbs", "--shard-mb"]),
         (["corpus", "index", "a.tar", "--out", "m", "--max-bad-shards", "few"], ["'few'"]),
@@ -104,13 +96,13 @@ def test_wrong_field_is_named(vitok, arguments: list[str], named: list[str]) -> 
 
 
 HELPS = [
-    *([name] for name in ("quickstart", "evaluate", "reconstruct", "models", "encode", "ui")),
+    *([name] for name in ("quickstart", "evaluate", "reconstruct", "models", "ui")),
     ["export"],
     # The other recipes have the same fields.
     *(["train", name] for name in ("quickstart", "finetune-350m-f16x64-decoder")),
     *(["corpus", name] for name in CORPUS_COMMANDS),
-    ["latents", "verify"],
-    ["latents", "stats"],
+    ["encode", "quickstart"],
+    *(["latents", name] for name in LATENT_COMMANDS),
     *(["bench", name] for name in BENCHMARKS),
 ]
 
@@ -490,44 +482,48 @@ def test_evaluate_prints_a_table_or_json(
 
 @pytest.fixture
 def small_cache(tmp_path: Path) -> Path:
-    identity = CacheIdentity(
-        encoder_digest="e" * 64,
-        transform=Transform(token_budget=16),
-        patch_size=16,
-        dtype="bfloat16",
-        channels=3,
-        row_tokens=64,
-    )
-    folder = Folder.of(str(tmp_path / "cache"))
-    rows = [LatentRow(f"k{i}", torch.full((4, 3), float(i)), (2, 2), (32, 32), i) for i in range(5)]
-    record = write_unit(folder, "a" * 40, rows, 3, torch.bfloat16, [])
-    claim_cache(folder, identity)
-    write_manifest(folder, identity, "s" * 64, [record])
+    write_small_cache(tmp_path / "cache")
     return tmp_path / "cache"
 
 
-def test_latents_commands_show_and_check_a_cache(vitok, small_cache: Path) -> None:
+def test_latents_commands_show_and_check_a_cache(
+    vitok, ray_cluster: None, small_cache: Path
+) -> None:
     stats = vitok("latents", "stats", small_cache)
     assert stats.status == 0
     shown = json.loads(stats.out)
-    assert (shown["num_images"], shown["num_tokens"]) == (5, 20)
-    assert shown["mean"] == pytest.approx([2.0] * 3)
-    assert shown["std"] == pytest.approx([2.0**0.5] * 3)
-    shown_transform = shown["identity"]["transform"]
-    assert shown_transform == {"token_budget": 16, "longest_side": 0, "square": 0}
+    assert (shown["num_images"], shown["num_tokens"]) == (len(ROWS), 240)
+    assert len(shown["mean"]) == len(shown["std"]) == CHANNELS
+    assert shown["identity"]["transforms"] == [{"token_budget": 64, "longest_side": 0, "square": 0}]
 
-    checked = vitok("latents", "verify", small_cache)
+    shards = json.loads(vitok("latents", "ls", small_cache, "--json").out)
+    assert [(row["shard"], row["num_latents"]) for row in shards] == [
+        ("s3://shards/aaaa.tar", 3),
+        ("s3://shards/bbbb.tar", 0),
+        ("s3://shards/cccc.tar", 4),
+    ]
+    units = vitok("latents", "ls", small_cache, "--units").out.splitlines()
+    assert [line.split()[0] for line in units] == ["aaaa", "bbbb", "cccc"]
+    skipped = vitok("latents", "ls", small_cache, "--skipped").out
+    assert skipped == "s3://shards/bbbb.tar  lost  truncated image\n"
+
+    checked = vitok("latents", "verify", small_cache, "--cpus-per-task", "0.5")
     assert checked.status == 0
-    assert checked.out == f"{small_cache}: 5 latents as they were written\n"
-    (unit,) = (small_cache / "units").glob("*.safetensors")
+    assert checked.out.startswith(f"{small_cache}: 3 of 3 units, ")
+    assert checked.out.endswith(" MB, as they were written\n")
+    unit = small_cache / "units" / "cccc.safetensors"
     damaged = bytearray(unit.read_bytes())
     damaged[-1] ^= 1
     unit.write_bytes(damaged)
-    assert f"{unit} is damaged: sha256" in complaint(vitok("latents", "verify", small_cache))
+    found = vitok("latents", "verify", small_cache, "--json", "--cpus-per-task", "0.5")
+    assert found.status == 1
+    (sentence,) = json.loads(found.out.splitlines()[-1])["bad"]
+    assert sentence.startswith(f"{unit} is damaged: sha256")
+    assert sentence in found.err
 
 
 def test_folder_that_is_no_cache_is_named(vitok, small_cache: Path, tmp_path: Path) -> None:
-    for command in ("verify", "stats"):
+    for command in ("verify", "stats", "ls"):
         sentence = complaint(vitok("latents", command, tmp_path / "nowhere"))
         assert f"{tmp_path}/nowhere holds no finished latent cache" in sentence
     (small_cache / "manifest.json").write_text("{")
@@ -559,11 +555,11 @@ def test_encode_without_corpus_or_model_fails_before_it_encodes(
 ) -> None:
     out = ["--out", tmp_path / "cache"]
     nowhere = tmp_path / "nowhere"
-    sentence = complaint(vitok("encode", "--manifest", nowhere, "--model", nowhere, *out))
+    given = ["encode", "quickstart", "--model", nowhere]
+    assert complaint(vitok(*given, *out)) == "manifest is empty; set --manifest"
+    sentence = complaint(vitok(*given, "--manifest", nowhere, *out))
     assert f"{nowhere}: no manifest in this folder" in sentence
-    sentence = complaint(
-        vitok("encode", "--manifest", sample_manifests[0], "--model", nowhere, *out)
-    )
+    sentence = complaint(vitok(*given, "--manifest", sample_manifests[0], *out))
     assert (
         f"{nowhere} holds no encoder.safetensors; give the folder of exported weights" in sentence
     )

@@ -16,6 +16,7 @@ from pipelines.latents import LatentCache
 from pipelines.runs import next_step
 from pipelines.tracking import TrackingConfig, open_run, tracking_uri
 from pipelines.train_autoencoder import AutoencoderTraining, load_autoencoder
+from pipelines.verify_latents import verify_here
 from tests.conftest import tiny_model
 from vitok.pretrained import encoder_digest
 
@@ -105,7 +106,7 @@ def _check_summary(out: str, storage: Path) -> None:
 def _check_latents(storage: Path) -> None:
     model = load_autoencoder(str(storage / "quickstart"))
     cache = LatentCache(str(storage / "quickstart" / "latents"), encoder_digest(model))
-    cache.verify()
+    assert verify_here(cache.location).bad == []
     assert len(cache) == 40
 
 

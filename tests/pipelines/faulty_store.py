@@ -40,8 +40,12 @@ def in_turn(*faults: str | None) -> Callable[[str], str | None]:
     return lambda path: next(remaining, None)
 
 
+# What may happen to the answer to a PUT, which has no body: the object is written all the same.
+PUT_FAULTS = ("503", "500", "429", "400 RequestTimeout", "garbage status", "hang up", "reset")
+
+
 class FaultyProxy(ThreadingHTTPServer):
-    """Passes GET requests on to a server and spoils the answers as its schedule says.
+    """Passes requests on to a server and spoils the answers as its schedule says.
 
     schedule gets the path of a request; what it returns is a key of FAULTS, or "stalled",
     "trickled", "surplus", "403", "412", "416", "another etag", or None. It may do other things.
@@ -61,6 +65,7 @@ class FaultyProxy(ThreadingHTTPServer):
         self.rng = random.Random(0)
         self.injected: Counter[str] = Counter()
         self.requests: list[tuple[str, dict[str, str]]] = []
+        self.put_schedule: Callable[[str], str | None] = lambda path: None
         self.extra_query = ""
         self.dropped_headers: set[str] = set()
 
@@ -86,16 +91,28 @@ class _ProxyHandler(BaseHTTPRequestHandler):
         pass
 
     def do_GET(self) -> None:
+        self._pass_on("GET")
+
+    def do_PUT(self) -> None:
+        self._pass_on("PUT")
+
+    def do_DELETE(self) -> None:
+        self._pass_on("DELETE")
+
+    def _pass_on(self, method: str) -> None:
         proxy = self.server
+        sent = self.rfile.read(int(self.headers.get("Content-Length") or 0))
         with proxy.lock:
-            fault = proxy.schedule(self.path)
+            fault = (proxy.schedule if method == "GET" else proxy.put_schedule)(self.path)
             part = proxy.rng.random()
             proxy.requests.append((self.path, {k.lower(): v for k, v in self.headers.items()}))
             if fault is not None:
                 proxy.injected[fault] += 1
         upstream = http.client.HTTPConnection(proxy.upstream, timeout=30)
-        kept = {k: v for k, v in self.headers.items() if k.lower() not in proxy.dropped_headers}
-        upstream.request("GET", self.path + proxy.extra_query, headers=kept)
+        dropped = proxy.dropped_headers | {"expect"}
+        kept = {k: v for k, v in self.headers.items() if k.lower() not in dropped}
+        query = proxy.extra_query if method == "GET" else ""
+        upstream.request(method, self.path + query, body=sent or None, headers=kept)
         answer = upstream.getresponse()
         body = answer.read()
         upstream.close()

@@ -1,0 +1,172 @@
+"""Benchmark of encoding: the job through Ray, the bare encoder, and a plain loop, in one run."""
+
+import io
+import os
+import statistics
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+from cluster.local import ray_session
+from jobs.bench_ingest import indexed_shards
+from pipelines.cache_latents import LatentCaching, cache_latents, complete, identity_of
+from pipelines.corpus import Manifest, read_samples
+from pipelines.encode_units import Encoder, Unit, prepare_unit, samples_of, units_of
+from pipelines.latent_units import DTYPES, UNITS, CacheIdentity
+from pipelines.train_autoencoder import load_autoencoder
+from vitok.autoencoder import Autoencoder
+from vitok.initialize import start_at_random
+from vitok.packed import pack_images
+from vitok.pretrained import save_pretrained
+from vitok.variants import AutoencoderConfig
+
+_BATCH = 32  # images of a batch of the plain loop
+
+
+def measure_encoding(
+    *,
+    shards: Sequence[str],
+    model: str,
+    side: int,
+    unit_samples: int,
+    row_tokens: int,
+    threads: int,
+    cpus_per_reader: float,
+    repeats: int,
+) -> dict[str, float]:
+    """Encode the same squares in three ways, which take turns.
+
+    The job is timed from the first unit that it commits to the last, as its start, once for many
+    hours, would weigh on a run of seconds; `whole_job_images_per_s` counts it.
+
+    Args:
+        model: architecture, with random weights.
+        threads: of the encoder, in each of the three ways.
+        cpus_per_reader: of the job, which may have more logical cores than the machine has.
+
+    Returns:
+        images/s: medians of the repeats, by name.
+    """
+    with (
+        tempfile.TemporaryDirectory(prefix="vitok-bench-") as scratch,
+        indexed_shards(shards) as source,
+        ray_session(num_cpus=threads + (os.cpu_count() or 1)),
+    ):
+        weights = Path(scratch) / "weights"
+        config = AutoencoderConfig.from_name(model)
+        autoencoder = Autoencoder(config)
+        start_at_random(autoencoder, seed=0)
+        save_pretrained(weights, config, autoencoder.state_dict())
+        settings = complete(
+            LatentCaching(
+                manifest=str(source.path),
+                model=str(weights),
+                out=str(Path(scratch) / "cache"),
+                squares=(side,),
+                unit_samples=unit_samples,
+                row_tokens=row_tokens,
+                num_workers=1,
+                cpus_per_worker=threads,
+                use_gpu=torch.cuda.is_available(),
+                cpus_per_reader=cpus_per_reader,
+            )
+        )
+        identity = identity_of(settings)
+        units = units_of(source, unit_samples)
+        rates: dict[str, list[float]] = {}
+        for number in range(repeats):
+            out = str(Path(scratch) / f"cache-{number}")
+            whole, steady = _job(replace(settings, out=out), units)
+            found = {
+                "bare_encoder": _bare_encoder(settings, source, units, identity),
+                "plain_loop": _plain_loop(settings, source, units, identity),
+                "end_to_end": steady,
+                "whole_job": whole,
+            }
+            for name, rate in found.items():
+                rates.setdefault(name, []).append(rate)
+    figures = {f"{name}_images_per_s": statistics.median(found) for name, found in rates.items()}
+    end_to_end = figures["end_to_end_images_per_s"]
+    return figures | {
+        "images": float(sum(unit.stop - unit.start for unit in units)),
+        "over_bare_encoder": end_to_end / figures["bare_encoder_images_per_s"],
+        "over_plain_loop": end_to_end / figures["plain_loop_images_per_s"],
+    }
+
+
+def _bare_encoder(
+    settings: LatentCaching,
+    source: Manifest,
+    units: Sequence[Unit],
+    identity: CacheIdentity,
+) -> float:
+    """Return images/s of the encoder alone, on packs that lie in memory."""
+    torch.set_num_threads(int(settings.cpus_per_worker))
+    encode = Encoder(load_autoencoder(settings.model, part="encoder"), identity)
+    # Packs of all units would not fit into memory; a few of them tell.
+    chosen = list(units[:4])
+    rows = [row for unit in chosen for row in prepare_unit(source, unit, identity).rows]
+    encode(rows[:1])
+    start = time.perf_counter()
+    encode(rows)
+    return sum(unit.stop - unit.start for unit in chosen) / (time.perf_counter() - start)
+
+
+def _plain_loop(
+    settings: LatentCaching,
+    source: Manifest,
+    units: Sequence[Unit],
+    identity: CacheIdentity,
+) -> float:
+    """Return images/s of what extraction scripts do: decode a batch, resize it, encode it, save it.
+
+    With Pillow, in one process, at one size, a last batch padded with its own images.
+    """
+    torch.set_num_threads(int(settings.cpus_per_worker))
+    (transform,) = identity.transforms
+    model = load_autoencoder(settings.model, part="encoder")
+    model = model.to(torch.device(identity.device), DTYPES[identity.compute_dtype])
+    chosen = units[: max(4, _BATCH // settings.unit_samples)]
+    images = [data for unit in chosen for data in read_samples(source, samples_of(source, unit))]
+
+    def encode(batch: list[bytes]) -> torch.Tensor:
+        pixels = [_centre_crop(data, transform.square) for data in batch]
+        pixels += [pixels[-1]] * (_BATCH - len(pixels))
+        with torch.inference_mode():
+            packed = pack_images(pixels, patch_size=identity.patch_size).to(identity.device)
+            return model.encode_packed(packed).tokens[: len(batch) * packed.max_seqlen].cpu()
+
+    encode(images[:_BATCH])
+    start = time.perf_counter()
+    latents = [encode(images[i : i + _BATCH]) for i in range(0, len(images), _BATCH)]
+    with tempfile.TemporaryFile() as stream:
+        np.save(stream, torch.cat(latents).float().numpy())
+    return len(images) / (time.perf_counter() - start)
+
+
+def _centre_crop(data: bytes, side: int) -> torch.Tensor:
+    """Return [3, side, side] in [-1, 1]: the shorter side shrunk to it, the middle cut out."""
+    image = Image.open(io.BytesIO(data)).convert("RGB")
+    scale = side / min(image.size)
+    width, height = (max(side, round(edge * scale)) for edge in image.size)
+    image = image.resize((width, height), Image.Resampling.BICUBIC)
+    left, top = (width - side) // 2, (height - side) // 2
+    pixels = np.asarray(image.crop((left, top, left + side, top + side)))
+    return torch.from_numpy(pixels.copy()).permute(2, 0, 1) / 127.5 - 1
+
+
+def _job(settings: LatentCaching, units: Sequence[Unit]) -> tuple[float, float]:
+    """Return images/s of the whole job, and of all that it committed after its first unit."""
+    start = time.time()
+    cache_latents(settings)
+    books = Path(settings.out, UNITS).glob("*.json")
+    first, *_, last = sorted(book.stat().st_mtime for book in books)
+    num_images = sum(unit.stop - unit.start for unit in units)
+    mean_unit = num_images / len(units)
+    return num_images / (last - start), (num_images - mean_unit) / (last - first)

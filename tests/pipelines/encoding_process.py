@@ -1,0 +1,35 @@
+"""Encoding all of a cache in one process that may be killed at any moment."""
+
+from pathlib import Path
+
+import torch
+
+from pipelines.cache_latents import LatentCaching, complete, finish_cache, identity_of, name_of
+from pipelines.corpus import Manifest
+from pipelines.encode_units import Encoder, finish_unit, prepare_unit, units_of
+from pipelines.latent_units import claim_cache, commit_unit, committed_units
+from pipelines.train_autoencoder import load_autoencoder
+from vitok.storage import Folder
+
+
+def encode_all(settings: LatentCaching) -> None:
+    """Do what the job does, unit after unit; goes on where it was stopped."""
+    torch.set_num_threads(1)
+    settings = complete(settings)
+    source, cache = Manifest.load(settings.manifest), Folder(settings.out)
+    identity = identity_of(settings)
+    claim_cache(cache, identity)
+    units = units_of(source, settings.unit_samples)
+    encode = Encoder(load_autoencoder(settings.model, part="encoder"), identity)
+    committed = committed_units(cache)
+    for unit in units:
+        if name_of(identity, source, unit) in committed:
+            continue
+        prepared = prepare_unit(source, unit, identity)
+        values = encode(prepared.rows)
+        data, record = finish_unit(
+            source, unit, identity, prepared.members, values, prepared.skipped
+        )
+        commit_unit(cache, data, record)
+    finish_cache(settings, identity, source, units)
+    Path(settings.out).with_suffix(".done").touch()
