@@ -58,6 +58,32 @@ def train(arguments: Sequence[str]) -> None:
     print(f"run: {settings.run.folder.uri}\nweights: {export.uri}")
 
 
+def flow(arguments: Sequence[str]) -> None:
+    """train a generator on cached latents by a recipe; the same run name continues"""
+    from cluster.local import ray_session
+    from jobs.flow_recipes import FLOWS
+    from pipelines.train_flow import prepare, run_training
+
+    settings = prepare(_recipe(FLOWS, arguments, "flow"))
+    with ray_session():
+        run = run_training(settings)
+    print(f"run: {run.uri}")
+
+
+def sample(arguments: Sequence[str]) -> None:
+    """a sheet of images that a trained generator makes"""
+    from jobs import flow
+
+    tyro.cli(flow.sample, args=arguments, prog="vitok sample")
+
+
+def generate(arguments: Sequence[str]) -> None:
+    """many images of a generator as shards; goes on where it was stopped"""
+    from jobs import flow
+
+    flow.generate_set(arguments)
+
+
 def evaluate(arguments: Sequence[str]) -> None:
     """PSNR and SSIM of a model on held-out images"""
     from pipelines.evaluate import EvaluationConfig, evaluate_model
@@ -283,6 +309,9 @@ def bench(arguments: Sequence[str]) -> None:
 COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
     "quickstart": quickstart,
     "train": train,
+    "flow": flow,
+    "sample": sample,
+    "generate": generate,
     "evaluate": evaluate,
     "reconstruct": reconstruct,
     "export": export,

@@ -6,14 +6,21 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+import torch
+from PIL import Image
+
 from cluster.local import ray_session
-from jobs import encoding, recipes
+from jobs import encoding, flow_recipes, recipes
 from jobs.sample_corpus import make_sample_corpus
+from pipelines import train_flow
 from pipelines.cache_latents import cache_latents
 from pipelines.evaluate import EvaluationConfig, evaluate_model
+from pipelines.generate import Generator
 from pipelines.judge_latents import decode_row
 from pipelines.latents import LatentCache
+from pipelines.reconstruction import sheet_of
 from pipelines.runs import next_step
+from pipelines.sampling import Request
 from pipelines.shards import local_folder
 from pipelines.tracking import Tracker, open_run
 from pipelines.train_autoencoder import (
@@ -26,8 +33,10 @@ from pipelines.train_autoencoder import (
 from pipelines.verify_latents import require_intact, verify_here
 from vitok.pretrained import encoder_digest
 
+_SAMPLES_PER_CLASS = 2
 
-def run_quickstart(storage: str = "runs", fresh: bool = False) -> None:
+
+def run_quickstart(storage: str = "runs", fresh: bool = False, flow: bool = False) -> None:
     """See the whole system work on this machine: corpus, training, evaluation, latents, MLflow.
 
     Needs no network and about four minutes on two CPU cores. Run again, it goes on where it was.
@@ -35,6 +44,8 @@ def run_quickstart(storage: str = "runs", fresh: bool = False) -> None:
     Args:
         storage: folder for the run, its corpus and its latents, and the MLflow database.
         fresh: delete what an earlier quickstart left in that folder, and start over.
+        flow: at the end train a generator on the latents too, and sample from it: some three
+            minutes more.
     """
     started = time.monotonic()
     folder = local_folder(storage) / "quickstart"
@@ -44,6 +55,7 @@ def run_quickstart(storage: str = "runs", fresh: bool = False) -> None:
                 f"{folder} was not made by a quickstart; give another folder with --storage"
             )
         shutil.rmtree(folder)
+        shutil.rmtree(local_folder(storage) / flow_recipes.flow_quickstart().run.name, True)
 
     _headline(
         "1/5", f"corpus: crops of photographs, as WebDataset shards, in {_short(folder / 'corpus')}"
@@ -94,7 +106,43 @@ def run_quickstart(storage: str = "runs", fresh: bool = False) -> None:
     ) as tracker:
         _record(tracker, folder, scores, manifest.num_bytes, plan_of(settings).num_steps)
         rates = tracker.latest_metrics()
+    if flow:
+        generate_samples(storage, folder)
     _summary(settings, scores, rates, folder, time.monotonic() - started)
+
+
+def generate_samples(storage: str, folder: Path) -> Path:
+    """Train a small generator on the quickstart's latents, and draw a sheet of what it makes.
+
+    Args:
+        folder: of the quickstart: its latents and its autoencoder.
+
+    Returns:
+        the sheet: all classes once for each seed.
+    """
+    base = flow_recipes.flow_quickstart()
+    settings = train_flow.prepare(
+        replace(
+            base,
+            cache=str(folder / "latents"),
+            autoencoder=str(folder / "export"),
+            run=replace(base.run, storage=storage),
+        )
+    )
+    _headline("flow", f"a generator of {settings.model.num_classes} classes on these latents")
+    with ray_session():
+        run = train_flow.run_training(settings)
+    generator = Generator.load(run, "", torch.device("cpu"), torch.float32)
+    requests = [
+        Request(seed, label, settings.eval_size)
+        for seed in range(_SAMPLES_PER_CLASS)
+        for label in range(settings.model.num_classes)
+    ]
+    images = generator.images(requests, settings.sampler, settings.row_tokens)
+    sheet = folder / "samples.png"
+    Image.fromarray(sheet_of(images)).save(sheet)
+    print(f"samples of {settings.model.num_classes} classes: {_short(sheet)}")
+    return sheet
 
 
 def _describe(settings: AutoencoderTraining) -> str:

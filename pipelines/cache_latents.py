@@ -319,7 +319,7 @@ class _Steps:
             prepared = prepare_unit(self._source, unit, self._identity)
             yield {
                 "unit": np.array([number]),
-                "patches": np.stack([row.patches for row in prepared.rows])[None],
+                "tokens": np.stack([row.tokens for row in prepared.rows])[None],
                 "image_size": np.stack([row.image_size for row in prepared.rows])[None],
                 "max_seqlen": np.array([prepared.rows[0].max_seqlen]),
                 "members": np.array([json.dumps(prepared.members)]),
@@ -359,16 +359,19 @@ class _EncoderActor:
                 "where the job was started; give a model that all nodes see, and that stays"
             )
         self._encode = Encoder(encoder.to(dtype), identity)
+        self._patch_size = identity.patch_size
 
     def __call__(self, batch: dict[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
-        patches = batch["patches"][0]
+        tokens = batch["tokens"][0]
         rows = [
             PackedRow(
                 step=0,
                 # Blocks are read-only, which torch would warn about.
-                patches=np.array(patches[i]),
+                tokens=np.array(tokens[i]),
+                patch_size=self._patch_size,
                 image_size=np.array(image_size),
                 tile_position=np.zeros(image_size.shape, np.float32),
+                label=np.full(len(image_size), -1),
                 keys=[],
                 skipped=[],
                 max_seqlen=int(batch["max_seqlen"][0]),

@@ -136,11 +136,11 @@ class Encoder:
         current = torch.cuda.current_stream(self.device)
         for row in rows:
             with torch.cuda.stream(self._copies):
-                patches = torch.as_tensor(row.patches).pin_memory()
-                patches = patches.to(self.device, non_blocking=True)
+                tokens = torch.as_tensor(row.tokens).pin_memory()
+                tokens = tokens.to(self.device, non_blocking=True)
             current.wait_stream(self._copies)
-            patches.record_stream(current)
-            yield replace(row, patches=patches).to_packed(self.device)[0]
+            tokens.record_stream(current)
+            yield replace(row, tokens=tokens).to_packed(self.device)[0]
 
 
 def finish_unit(

@@ -8,7 +8,6 @@ step come from the plan alone.
 import dataclasses
 import json
 from collections.abc import Iterable, Iterator, Sequence
-from math import isqrt
 from typing import Any
 
 import numpy as np
@@ -16,12 +15,12 @@ import torch
 from numpy.typing import NDArray
 
 from pipelines.corpus import SampleRecords
-from pipelines.decode import UnreadableImage, decode_rgb
-from pipelines.mixture import Corpus
+from pipelines.decode import UnreadableImage
 from pipelines.objects import retry_counts
-from pipelines.plan import Plan, RowShape, SampleView
+from pipelines.plan import Plan, RowShape
+from pipelines.views import Samples, SampleView, write_patches
 from vitok.packed import PackedTokens, layout_of
-from vitok.patches import grid_size, normalize_patches, num_tokens
+from vitok.patches import normalize_patches, num_tokens
 
 # Small steps are read several at a time, so that a task is worth its start.
 _IMAGES_PER_TASK = 256
@@ -42,26 +41,26 @@ class PackedRow:
 
     Attributes:
         step: the global step that it belongs to.
-        patches: [T, 3P^2] uint8; a tensor where it lies on a device already.
+        tokens: [T, D], patches [T, 3P^2] uint8 or latents; a tensor where it lies on a device
+            already.
+        patch_size: pixels along each side of the patch that a token stands for.
         image_size: [S, 2] int32, pixels (height, width); 0 in unused slots.
         tile_position: [S, 2] float32 in [0, 1).
+        label: [S] int64, class of each image; -1 for none, and in unused slots.
         keys: keys of the images, in the order in which they lie in the row.
         skipped: (shard, key, reason) of the samples that should be here but were unreadable.
         max_seqlen: no image has more tokens.
     """
 
     step: int
-    patches: NDArray[np.uint8] | torch.Tensor
+    tokens: NDArray[Any] | torch.Tensor
+    patch_size: int
     image_size: NDArray[np.int32]
     tile_position: NDArray[np.float32]
+    label: NDArray[np.int64]
     keys: list[str]
     skipped: list[tuple[str, str, str]]
     max_seqlen: int
-
-    @property
-    def patch_size(self) -> int:
-        """Pixels along each side of a patch."""
-        return isqrt(self.patches.shape[1] // 3)
 
     @property
     def image_tokens(self) -> list[int]:
@@ -73,17 +72,21 @@ class PackedRow:
         """Real tokens of the row."""
         return sum(self.image_tokens)
 
-    def to_packed(self, device: torch.device) -> tuple[PackedTokens, torch.Tensor]:
-        """Return the row as pixels in [-1, 1] on the device, and its tile positions [S, 2]."""
+    def layout(self, device: torch.device) -> PackedTokens:
+        """Return where the images lie in the row, on the device; without tokens."""
         used = self.image_size[self.image_size[:, 0] > 0]
-        layout = layout_of(
+        return layout_of(
             [(int(height), int(width)) for height, width in used],
             patch_size=self.patch_size,
-            row_tokens=len(self.patches),
+            row_tokens=len(self.tokens),
             max_images=len(self.image_size),
             max_seqlen=self.max_seqlen,
         ).to(device)
-        patches = torch.as_tensor(self.patches).to(device, non_blocking=True)
+
+    def to_packed(self, device: torch.device) -> tuple[PackedTokens, torch.Tensor]:
+        """Return a row of patches as pixels in [-1, 1] on the device, and its tile positions."""
+        layout = self.layout(device)
+        patches = torch.as_tensor(self.tokens).to(device, non_blocking=True)
         pixels = normalize_patches(patches, layout.patch_coord, layout.token_image_size())
         position = torch.from_numpy(self.tile_position).to(device, non_blocking=True)
         return layout.with_tokens(pixels), position
@@ -168,7 +171,7 @@ def load_share(plan: Plan, share: Share) -> list[PackedRow]:
 
 
 def load_rows(
-    corpus: Corpus,
+    corpus: Samples,
     records: SampleRecords,
     rows: list[list[SampleView]],
     *,
@@ -185,31 +188,34 @@ def load_rows(
         rows: the samples of each row, in order; together they have at most row_tokens tokens.
     """
     place = {sample_id: i for i, sample_id in enumerate(records.sample_id.tolist())}
-    decoded = decode_views(corpus, records, [view for row in rows for view in row])
+    shown = decode_views(corpus, records, [view for row in rows for view in row])
 
     def load_row(views: list[SampleView]) -> PackedRow:
-        images: list[NDArray[np.uint8]] = []
-        keys: list[str] = []
-        tile_positions: list[tuple[float, float]] = []
+        readable: list[tuple[NDArray[Any], SampleView, int]] = []
         skipped: list[tuple[str, str, str]] = []
         for view in views:
             index = place[view.sample_id]
-            key = str(records.key[index])
-            pixels = decoded[view]
-            if isinstance(pixels, UnreadableImage):
-                skipped.append((corpus.uri(int(records.shard[index])), key, str(pixels)))
-                continue
-            images.append(pixels)
-            keys.append(key)
-            tile_positions.append(view.tile_position)
-        row = pack_pixels(
-            images,
+            seen = shown[view]
+            if isinstance(seen, UnreadableImage):
+                shard = corpus.uri(int(records.shard[index]))
+                skipped.append((shard, str(records.key[index]), str(seen)))
+            else:
+                readable.append((seen, view, index))
+        values, dtype = corpus.token_format(patch_size)
+        row = _blank_row(
+            [view.size for _, view, _ in readable],
+            np.zeros((row_tokens, values), dtype),
             patch_size=patch_size,
-            row_tokens=row_tokens,
             max_images=max_images,
             max_seqlen=max_seqlen,
         )
-        row.tile_position[: len(keys)] = np.array(tile_positions).reshape(-1, 2)
+        end = 0
+        for slot, (seen, view, index) in enumerate(readable):
+            start, end = end, end + view.num_tokens(patch_size)
+            corpus.write(seen, row.tokens[start:end], patch_size)
+            row.tile_position[slot] = view.tile_position
+            row.label[slot] = records.label[index]
+        keys = [str(records.key[index]) for _, _, index in readable]
         return dataclasses.replace(row, step=step, keys=keys, skipped=skipped)
 
     return [load_row(views) for views in rows]
@@ -223,76 +229,66 @@ def pack_pixels(
     max_images: int,
     max_seqlen: int,
 ) -> PackedRow:
-    """Pack decoded images [H, W, 3] one after the other; of step 0, with empty keys.
+    """Pack decoded images [H, W, 3] one after the other; of step 0, without keys and classes.
 
     Together they have at most row_tokens tokens.
     """
-    patches = np.zeros((row_tokens, 3 * patch_size**2), dtype=np.uint8)
-    image_size = np.zeros((max_images, 2), dtype=np.int32)
+    row = _blank_row(
+        [(pixels.shape[0], pixels.shape[1]) for pixels in images],
+        np.zeros((row_tokens, 3 * patch_size**2), dtype=np.uint8),
+        patch_size=patch_size,
+        max_images=max_images,
+        max_seqlen=max_seqlen,
+    )
     end = 0
-    for slot, pixels in enumerate(images):
-        height, width = pixels.shape[:2]
-        start, end = end, end + num_tokens(height, width, patch_size)
-        write_patches(pixels, patches[start:end], patch_size)
-        image_size[slot] = height, width
+    for pixels in images:
+        start, end = end, end + num_tokens(*pixels.shape[:2], patch_size)
+        write_patches(pixels, row.tokens[start:end], patch_size)
+    return dataclasses.replace(row, keys=[""] * len(images))
+
+
+def _blank_row(
+    sizes: Sequence[tuple[int, int]],
+    tokens: NDArray[Any],
+    *,
+    patch_size: int,
+    max_images: int,
+    max_seqlen: int,
+) -> PackedRow:
+    """Return a row of images of these sizes before anything is written into its tokens."""
+    image_size = np.zeros((max_images, 2), dtype=np.int32)
+    image_size[: len(sizes)] = np.array(sizes).reshape(-1, 2)
     return PackedRow(
         step=0,
-        patches=patches,
+        tokens=tokens,
+        patch_size=patch_size,
         image_size=image_size,
         tile_position=np.zeros((max_images, 2), dtype=np.float32),
-        keys=[""] * len(images),
+        label=np.full(max_images, -1, dtype=np.int64),
+        keys=[],
         skipped=[],
         max_seqlen=max_seqlen,
     )
 
 
 def decode_views(
-    corpus: Corpus, records: SampleRecords, views: list[SampleView]
-) -> dict[SampleView, NDArray[np.uint8] | UnreadableImage]:
-    """Read the samples of views as they lie in the shards, and decode each to what is seen of it.
+    corpus: Samples, records: SampleRecords, views: list[SampleView]
+) -> dict[SampleView, NDArray[Any] | UnreadableImage]:
+    """Read the samples of views as they lie in the shards, and return what each view sees.
 
-    No more than _MAX_ENCODED_BYTES of encoded images are held at a time.
+    No more than _MAX_ENCODED_BYTES of what was read are held at a time.
     """
     views_of: dict[int, list[SampleView]] = {}
     for view in views:
         views_of.setdefault(view.sample_id, []).append(view)
     in_order = np.lexsort((records.offset, records.shard))
     part_of = np.cumsum(records.length[in_order]) // _MAX_ENCODED_BYTES
-    decoded: dict[SampleView, NDArray[np.uint8] | UnreadableImage] = {}
+    shown: dict[SampleView, NDArray[Any] | UnreadableImage] = {}
     for number in np.unique(part_of):
         part = records.take(in_order[part_of == number].tolist())
-        for sample_id, data in zip(part.sample_id.tolist(), corpus.read(part), strict=True):
-            shown: dict[tuple[Any, Any], NDArray[np.uint8] | UnreadableImage] = {}
-            for view in views_of[sample_id]:
-                part_shown = view.crop, view.size
-                if part_shown not in shown:
-                    try:
-                        shown[part_shown] = decode_rgb(data, crop=view.crop, size=view.size)
-                    except UnreadableImage as error:
-                        shown[part_shown] = error
-                pixels = shown[part_shown]
-                is_mirrored = view.flip and isinstance(pixels, np.ndarray)
-                decoded[view] = pixels[:, ::-1] if is_mirrored else pixels
-    return decoded
-
-
-def write_patches(pixels: NDArray[np.uint8], patches: NDArray[np.uint8], patch_size: int) -> None:
-    """Cut an image into its place in a row: `patchify` without a copy in between.
-
-    Args:
-        pixels: [H, W, 3].
-        patches: [N, 3P^2], where the patches go; beyond the image's edges they become zero.
-    """
-    height, width, channels = pixels.shape
-    rows, columns = grid_size(height, width, patch_size)
-    if (height, width) != (rows * patch_size, columns * patch_size):
-        whole = np.zeros((rows * patch_size, columns * patch_size, channels), dtype=np.uint8)
-        whole[:height, :width] = pixels
-        pixels = whole
-    grid = pixels.reshape(rows, patch_size, columns, patch_size, channels)
-    place = patches.reshape(rows, columns, channels, patch_size, patch_size)
-    assert np.shares_memory(place, patches), "a copy would be filled, and dropped"
-    place[...] = grid.transpose(0, 2, 4, 1, 3)
+        for sample_id, sample in zip(part.sample_id.tolist(), corpus.read(part), strict=True):
+            shown |= corpus.show(sample, views_of[sample_id])
+    return shown
 
 
 def training_dataset(plan: Plan, first_step: int, num_workers: int) -> Any:
@@ -399,9 +395,11 @@ def _record(rows: list[PackedRow], retries: dict[str, int]) -> dict[str, NDArray
     texts = [json.dumps({"keys": row.keys, "skipped": row.skipped}) for row in rows]
     return {
         "step": np.array([[row.step for row in rows]]),
-        "patches": np.stack([row.patches for row in rows])[None],
+        "tokens": np.stack([row.tokens for row in rows])[None],
+        "patch_size": np.array([rows[0].patch_size]),
         "image_size": np.stack([row.image_size for row in rows])[None],
         "tile_position": np.stack([row.tile_position for row in rows])[None],
+        "label": np.stack([row.label for row in rows])[None],
         "max_seqlen": np.array([[row.max_seqlen for row in rows]]),
         "texts": np.array([json.dumps(texts)]),
         "retries": np.array([json.dumps(retries)]),
@@ -412,9 +410,10 @@ def empty_row(row: PackedRow) -> PackedRow:
     """Return a row of the same shape that holds nothing."""
     return dataclasses.replace(
         row,
-        patches=np.zeros_like(row.patches),
+        tokens=np.zeros_like(row.tokens),
         image_size=np.zeros_like(row.image_size),
         tile_position=np.zeros_like(row.tile_position),
+        label=np.full_like(row.label, -1),
         keys=[],
         skipped=[],
     )
@@ -450,9 +449,11 @@ def _rows_of_record(record: dict[str, NDArray[Any]]) -> list[PackedRow]:
             step=int(record["step"][0][i]),
             # Blocks in the object store are read-only, which torch would warn about; a row is
             # copied once here, while the step before it computes.
-            patches=np.array(record["patches"][0][i]),
+            tokens=np.array(record["tokens"][0][i]),
+            patch_size=int(record["patch_size"][0]),
             image_size=np.array(record["image_size"][0][i]),
             tile_position=np.array(record["tile_position"][0][i]),
+            label=np.array(record["label"][0][i]),
             keys=text["keys"],
             skipped=[(shard, key, reason) for shard, key, reason in text["skipped"]],
             max_seqlen=int(record["max_seqlen"][0][i]),

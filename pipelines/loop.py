@@ -291,16 +291,16 @@ def train_step(
 
 
 def _copied_to(rows: list[ingest.PackedRow], device: torch.device) -> list[ingest.PackedRow]:
-    """Return rows with their pixels on the device, copied while it computes what came before."""
+    """Return rows with their tokens on the device, copied while it computes what came before."""
     if device.type != "cuda":
         return rows
     stream, current = _copy_stream(device), torch.cuda.current_stream(device)
     copied = []
     for row in rows:
         with torch.cuda.stream(stream):
-            patches = torch.as_tensor(row.patches).pin_memory().to(device, non_blocking=True)
-        patches.record_stream(current)
-        copied.append(replace(row, patches=patches))
+            tokens = torch.as_tensor(row.tokens).pin_memory().to(device, non_blocking=True)
+        tokens.record_stream(current)
+        copied.append(replace(row, tokens=tokens))
     current.wait_stream(stream)
     return copied
 

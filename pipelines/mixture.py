@@ -4,12 +4,15 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
+from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from pipelines.corpus import Manifest, SampleRecords, read_samples
+from pipelines.decode import UnreadableImage, decode_rgb
 from pipelines.order import mixture_places, mixture_shares, sample_order
+from pipelines.views import SampleView, write_patches
 from vitok.config import config
 
 
@@ -48,6 +51,7 @@ class Corpus:
     names: tuple[str, ...]
     manifests: tuple[Manifest, ...]
     shares: tuple[int, ...]
+    resizes: ClassVar[bool] = True
 
     @classmethod
     def of(cls, manifest: Manifest) -> "Corpus":
@@ -173,3 +177,29 @@ class Corpus:
         """Return where a shard lies."""
         source = int(np.searchsorted(self.first_shard, shard, side="right")) - 1
         return self.manifests[source].uris[shard - int(self.first_shard[source])]
+
+    def show(
+        self, sample: bytes, views: Sequence[SampleView]
+    ) -> dict[SampleView, NDArray[np.uint8] | UnreadableImage]:
+        """Decode an encoded image to what each view sees of it: pixels [H, W, 3]."""
+        shown: dict[SampleView, NDArray[np.uint8] | UnreadableImage] = {}
+        decoded: dict[tuple[Any, Any], NDArray[np.uint8] | UnreadableImage] = {}
+        for view in views:
+            part = view.crop, view.size
+            if part not in decoded:
+                try:
+                    decoded[part] = decode_rgb(sample, crop=view.crop, size=view.size)
+                except UnreadableImage as error:
+                    decoded[part] = error
+            pixels = decoded[part]
+            is_mirrored = view.flip and isinstance(pixels, np.ndarray)
+            shown[view] = pixels[:, ::-1] if is_mirrored else pixels
+        return shown
+
+    def token_format(self, patch_size: int) -> tuple[int, np.dtype[Any]]:
+        """Return the values of a patch, and their type."""
+        return 3 * patch_size**2, np.dtype(np.uint8)
+
+    def write(self, shown: NDArray[np.uint8], tokens: NDArray[np.uint8], patch_size: int) -> None:
+        """Cut pixels into patches, in their place in a row."""
+        write_patches(shown, tokens, patch_size)

@@ -14,11 +14,12 @@ from statistics import fmean
 import numpy as np
 
 from pipelines.corpus import SampleRecords
-from pipelines.mixture import Corpus, Source
+from pipelines.mixture import Source
 from pipelines.order import hash_of, uniform
 from pipelines.packing import pack_best_fit, pack_evenly
+from pipelines.views import Samples, SampleView
 from vitok.config import config
-from vitok.patches import fit_to_budget, num_tokens
+from vitok.patches import fit_to_budget
 
 _PURPOSE_SHUFFLE, _PURPOSE_VIEW = 2, 3
 # A stage's first steps, with so many images but no more steps than that, shape all of its steps.
@@ -98,31 +99,6 @@ class Stage:
 
 
 @dataclasses.dataclass(frozen=True)
-class SampleView:
-    """One use of one sample.
-
-    Attributes:
-        sample_id: number in the manifest.
-        epoch: how often the corpus was used before.
-        crop: (top, left, height, width) in pixels of the image.
-        size: (height, width) that the crop is resized to.
-        tile_position: two numbers in [0, 1), where in the image the loss looks closely.
-        flip: left and right are exchanged.
-    """
-
-    sample_id: int
-    epoch: int
-    crop: tuple[int, int, int, int]
-    size: tuple[int, int]
-    tile_position: tuple[float, float]
-    flip: bool = False
-
-    def num_tokens(self, patch_size: int) -> int:
-        """Patches that the resized crop has."""
-        return num_tokens(*self.size, patch_size)
-
-
-@dataclasses.dataclass(frozen=True)
 class RowShape:
     """The packed rows of every global step of a stage: how many, and with how many image slots."""
 
@@ -151,7 +127,7 @@ class Plan:
         ValueError: a budget is larger than a row.
     """
 
-    corpus: Corpus
+    corpus: Samples
     data: DataConfig
     stages: tuple[Stage, ...]
     patch_size: int
@@ -168,8 +144,9 @@ class Plan:
 
     @property
     def row_bytes(self) -> int:
-        """Bytes of the pixels of a packed row."""
-        return 3 * self.patch_size**2 * self.data.row_tokens
+        """Bytes of the tokens of a packed row."""
+        values, dtype = self.corpus.token_format(self.patch_size)
+        return values * dtype.itemsize * self.data.row_tokens
 
     @property
     def num_steps(self) -> int:
@@ -227,6 +204,9 @@ class Plan:
 
         if stage.rows_per_step:
             return shape(stage.rows_per_step)
+        if not self.corpus.resizes:
+            # Nothing can shrink: room for the largest step, so that rows of most are filled evenly.
+            return shape(max(len(self._fit(samples, shape(1))) for samples in sampled))
 
         def waste(num_rows: int) -> float:
             """Return the tokens of a step left empty, and those lost to lower budgets."""
@@ -247,13 +227,16 @@ class Plan:
         return sum(view.num_tokens(self.patch_size) for view in views)
 
     def _pack(self, lengths: list[int], shape: RowShape) -> list[list[int]] | None:
-        """Pack a step into the rows of its stage, evenly if that fits; None if nothing does."""
+        """Pack a step into the rows of its stage, evenly if that fits; None if nothing does.
+
+        What cannot be resized takes more rows then.
+        """
         limits = {"row_tokens": self.data.row_tokens, "max_images": shape.max_images}
         rows = pack_evenly(lengths, num_rows=shape.num_rows, **limits)
         if rows is None:
             rows = pack_best_fit(lengths, **limits)
             rows += [[] for _ in range(shape.num_rows - len(rows))]
-        return rows if len(rows) == shape.num_rows else None
+        return rows if len(rows) == shape.num_rows or not self.corpus.resizes else None
 
     def step(self, step: int) -> StepPlan:
         """Plan one global step: as many rows as its stage has, all with much the same to do."""
@@ -299,6 +282,8 @@ class Plan:
             epochs=epochs.tolist(),
             crops=[
                 _random_crop(height, width, self.data, [float(draw[i]) for draw in draws[:4]])
+                if self.corpus.resizes
+                else (0, 0, height, width)
                 for i, (height, width) in enumerate(
                     zip(records.height.tolist(), records.width.tolist(), strict=True)
                 )
@@ -313,13 +298,7 @@ class Plan:
                 sample_id=sample_id,
                 epoch=epoch,
                 crop=crop,
-                size=fit_to_budget(
-                    crop[2],
-                    crop[3],
-                    patch_size=self.patch_size,
-                    token_budget=max(1, int(budget * shrink)),
-                    enlarge=self.data.square,
-                ),
+                size=self._size(crop[2:], max(1, int(budget * shrink))),
                 tile_position=tile_position,
             )
             for sample_id, epoch, crop, budget, tile_position in zip(
@@ -331,6 +310,16 @@ class Plan:
                 strict=True,
             )
         ]
+
+    def _size(self, size: tuple[int, int], token_budget: int) -> tuple[int, int]:
+        if not self.corpus.resizes:
+            return size
+        return fit_to_budget(
+            *size,
+            patch_size=self.patch_size,
+            token_budget=token_budget,
+            enlarge=self.data.square,
+        )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -169,6 +169,11 @@ def contact_sheet(pictures: Sequence[Pictured]) -> NDArray[np.uint8]:
     """Arrange the comparisons of several images on one white sheet [H, W, 3], tallest first."""
     strips = [comparison(picture.source, picture.reconstruction) for picture in pictures]
     strips.sort(key=lambda strip: -strip.shape[0])
+    return sheet_of(strips)
+
+
+def sheet_of(strips: Sequence[NDArray[np.uint8]]) -> NDArray[np.uint8]:
+    """Arrange pictures [h, w, 3] on one white sheet [H, W, 3], shelf after shelf, in order."""
     width = max(_SHEET_WIDTH, *(strip.shape[1] + 2 * _GAP for strip in strips))
     places: list[tuple[int, int]] = []
     top, left, shelf_height = _GAP, _GAP, 0

@@ -1,6 +1,5 @@
 """Training of the autoencoder: its config, its step, and the two handed to the loop."""
 
-import hashlib
 import tempfile
 from dataclasses import replace
 from pathlib import Path
@@ -41,6 +40,7 @@ from vitok.pretrained import (
     load_pretrained,
     save_pretrained,
 )
+from vitok.seeds import keyed_generator
 from vitok.storage import Folder
 from vitok.variants import AutoencoderConfig, Part
 
@@ -384,11 +384,10 @@ def latent_noise(
     """
     if settings.model.latent == "layernorm":
         return None
-    noise = torch.zeros(len(row.patches), settings.model.latent_channels)
+    noise = torch.zeros(len(row.tokens), settings.model.latent_channels)
     start = 0
     for key, (height, width) in zip(row.keys, row.image_size.tolist(), strict=False):
-        digest = hashlib.sha256(f"{settings.seed}/{row.step}/{key}".encode()).digest()
-        generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little"))
+        generator = keyed_generator(settings.seed, row.step, key)
         stop = start + num_tokens(height, width, row.patch_size)
         noise[start:stop] = torch.randn(stop - start, noise.shape[1], generator=generator)
         start = stop

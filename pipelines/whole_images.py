@@ -10,7 +10,7 @@ from pipelines.decode import UnreadableImage
 from pipelines.ingest import PackedRow, decode_views, load_rows, pack_pixels
 from pipelines.mixture import Corpus
 from pipelines.packing import pack_best_fit
-from pipelines.plan import SampleView
+from pipelines.views import SampleView
 from vitok.config import config
 from vitok.patches import fit_to_budget, num_tokens
 

@@ -1,6 +1,7 @@
-"""Attention inside the images of a packed row.
+"""Attention inside the images of a packed row, and to what an image is conditioned on.
 
-Shape suffixes: T tokens of the row, H heads, D head dimension, n tokens of one image.
+Shape suffixes: T tokens of the row, H heads, D head dimension, n tokens of one image, K tokens of
+the conditions of a row, m those of one image.
 """
 
 import dataclasses
@@ -43,6 +44,23 @@ class AttentionLayout:
     window_backend: WindowBackend = "halo"
 
 
+@dataclasses.dataclass(frozen=True)
+class KeyLayout:
+    """Which condition tokens belong to which image of a row; made once a forward pass.
+
+    Attributes:
+        cu_seqlens: [S+1] int32, image s attends to tokens cu_seqlens[s] to cu_seqlens[s+1].
+        is_real: [K, 1, 1] bool, False behind the last of them.
+        max_seqlen: bound on the condition tokens of one image.
+        lengths: condition tokens of each slot, on the host; empty for flash attention.
+    """
+
+    cu_seqlens: Tensor
+    is_real: Tensor
+    max_seqlen: int
+    lengths: tuple[int, ...]
+
+
 def attention_layout(
     packed: PackedTokens,
     dtype: torch.dtype,
@@ -80,6 +98,25 @@ def attention_layout(
     )
 
 
+def key_layout(lengths_S: Tensor, num_keys: int, max_seqlen: int, *, flash: bool) -> KeyLayout:
+    """Derive the layout of condition tokens that lie one image after the other.
+
+    Args:
+        lengths_S: [S] condition tokens of each slot.
+        num_keys: tokens of the whole, K.
+        max_seqlen: no image has more.
+        flash: as the attention layout of the row has it.
+    """
+    cu_seqlens = F.pad(lengths_S.cumsum(0, dtype=torch.int32), (1, 0))
+    place_K = torch.arange(num_keys, device=lengths_S.device)
+    return KeyLayout(
+        cu_seqlens=cu_seqlens,
+        is_real=(place_K < cu_seqlens[-1])[:, None, None],
+        max_seqlen=max_seqlen,
+        lengths=() if flash else tuple(lengths_S.tolist()),
+    )
+
+
 def _flash_takes(dtype: torch.dtype, head_dim: int) -> bool:
     """Whether flash attention runs on this device: half precision, from compute capability 8.0."""
     half = dtype in (torch.bfloat16, torch.float16)
@@ -102,29 +139,51 @@ def packed_attention(
         [T, H, D]; 0 in padding.
     """
     if layout.flash:
-        return _varlen_attention(q_THD, k_THD, v_THD, layout)
+        return _varlen_attention(q_THD, k_THD, v_THD, layout, layout)
     return _attention_per_image(q_THD, k_THD, v_THD, layout)
 
 
+def packed_cross_attention(
+    q_THD: Tensor, k_KHD: Tensor, v_KHD: Tensor, layout: AttentionLayout, keys: KeyLayout
+) -> Tensor:
+    """Let every token attend to the condition tokens of its own image.
+
+    Args:
+        q_THD: [T, H, D].
+        k_KHD, v_KHD: [K, H, D], one dtype with q.
+
+    Returns:
+        [T, H, D]; 0 in padding.
+    """
+    if layout.flash:
+        return _varlen_attention(q_THD, k_KHD, v_KHD, layout, keys)
+    return _cross_attention_per_image(q_THD, k_KHD, v_KHD, layout, keys)
+
+
 def _varlen_attention(
-    q_THD: Tensor, k_THD: Tensor, v_THD: Tensor, layout: AttentionLayout
+    q_THD: Tensor,
+    k_KHD: Tensor,
+    v_KHD: Tensor,
+    queries: AttentionLayout,
+    keys: AttentionLayout | KeyLayout,
 ) -> Tensor:
     from torch.nn.attention.varlen import varlen_attn
 
     # The kernel leaves rows past cu_seqlens[-1] unwritten, forward and backward. The masks keep
     # that garbage out of the output and out of the gradients.
-    q_THD, k_THD, v_THD = (torch.where(layout.is_real, x, 0) for x in (q_THD, k_THD, v_THD))
+    q_THD = torch.where(queries.is_real, q_THD, 0)
+    k_KHD, v_KHD = (torch.where(keys.is_real, x, 0) for x in (k_KHD, v_KHD))
     out_THD = varlen_attn(
         q_THD,
-        k_THD,
-        v_THD,
-        layout.cu_seqlens,
-        layout.cu_seqlens,
-        layout.max_seqlen,
-        layout.max_seqlen,
+        k_KHD,
+        v_KHD,
+        queries.cu_seqlens,
+        keys.cu_seqlens,
+        queries.max_seqlen,
+        keys.max_seqlen,
     )
     assert isinstance(out_THD, Tensor)
-    return torch.where(layout.is_real, out_THD, 0)
+    return torch.where(queries.is_real, out_THD, 0)
 
 
 # Compiled, it would be compiled again for every other list of images in a row.
@@ -151,6 +210,27 @@ def _attention_per_image(
     # Padding keeps a path to the graph, so that an empty row still gives every parameter a gradient
     # (zeros): ranks of which one lacks a gradient would reduce buffers of different sizes.
     outputs.append((q_images[-1] + k_images[-1] + v_images[-1]) * 0)
+    return torch.cat(outputs, dim=1).transpose(0, 1)
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def _cross_attention_per_image(
+    q_THD: Tensor, k_KHD: Tensor, v_KHD: Tensor, layout: AttentionLayout, keys: KeyLayout
+) -> Tensor:
+    lengths = [rows * columns for rows, columns in layout.grids]
+    q_images = q_THD.transpose(0, 1).split([*lengths, q_THD.shape[0] - sum(lengths)], dim=1)
+    # Unused slots come after the images.
+    used = keys.lengths[: len(lengths)]
+    k_images, v_images = (
+        x.transpose(0, 1).split([*used, x.shape[0] - sum(used)], dim=1) for x in (k_KHD, v_KHD)
+    )
+    outputs = [
+        _attention(q_HnD, k_HmD, v_HmD)
+        for q_HnD, k_HmD, v_HmD in zip(q_images[:-1], k_images[:-1], v_images[:-1], strict=True)
+    ]
+    # As above: an empty row, too, gives every parameter a gradient.
+    rest = k_images[-1].sum() + v_images[-1].sum()
+    outputs.append((q_images[-1] + rest) * 0)
     return torch.cat(outputs, dim=1).transpose(0, 1)
 
 

@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import torch
 
+from vitok.dit import DiTConfig
 from vitok.variants import AutoencoderConfig, Part
 
 # The vendor's dense bfloat16 peaks with float32 accumulation, in operations per second: device name
@@ -44,7 +45,7 @@ class Peak(NamedTuple):
 
 
 def training_flops(
-    config: AutoencoderConfig, image_tokens: Iterable[int], part: Part | None = None
+    config: AutoencoderConfig | DiTConfig, image_tokens: Iterable[int], part: Part | None = None
 ) -> float:
     """Return the floating-point operations of a forward and a backward pass over images.
 
@@ -54,8 +55,10 @@ def training_flops(
 
     Args:
         image_tokens: real tokens of each image of one or more rows; empty slots may be among them.
-        part: of this part alone.
+        part: of this part of an autoencoder alone.
     """
+    if isinstance(config, DiTConfig):
+        return 3 * sum(n * config.flops_per_token(n) for n in image_tokens if n)
     return 3 * sum(n * config.flops_per_token(n, part) for n in image_tokens)
 
 

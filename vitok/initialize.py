@@ -1,9 +1,8 @@
-"""Starts for an autoencoder: random; linear layers that do a PCA; heads that look at neighbours.
+"""Starts: random, for any model here; for an autoencoder linear layers that do a PCA, and heads
+that look at neighbours.
 
 All set a model that is sharded already as well as one that is whole.
 """
-
-import hashlib
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +10,15 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn import functional as F
 
 from vitok.autoencoder import Autoencoder
-from vitok.transformer import ROPE_THETA, Block, LayerScale, RMSNorm
+from vitok.seeds import keyed_generator
+from vitok.transformer import (
+    ROPE_THETA,
+    Block,
+    LayerScale,
+    Modulation,
+    RMSNorm,
+    ZeroLinear,
+)
 
 # Length of the constant part of a code, in units of the length of a typical principal part. The
 # LayerNorm on the code divides by its length, which a large constant part keeps nearly the same
@@ -30,24 +37,26 @@ _CONTENT = 0.25
 
 @torch.no_grad()
 def start_at_random(model: nn.Module, seed: int) -> None:
-    """Draw fresh weights in place: truncated normal (0.02), zero biases.
+    """Draw fresh weights in place: truncated normal (0.02), zero biases; layers that start at zero.
 
     Every matrix has a generator of its own, so that the weights depend on the seed and the kind of
     device alone, not on how the model is sharded.
     """
     for name, module in model.named_modules():
-        if isinstance(module, nn.Linear):
-            digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
-            generator = torch.Generator(module.weight.device)
-            generator.manual_seed(int.from_bytes(digest[:8], "little"))
-            weight = torch.empty(module.weight.shape, device=module.weight.device)
-            _assign(module.weight, nn.init.trunc_normal_(weight, std=0.02, generator=generator))
-            if module.bias is not None:
+        if isinstance(module, nn.Linear | nn.Embedding):
+            weight = torch.zeros(module.weight.shape, device=module.weight.device)
+            if not isinstance(module, ZeroLinear):
+                generator = keyed_generator(seed, name, device=module.weight.device)
+                nn.init.trunc_normal_(weight, std=0.02, generator=generator)
+            _assign(module.weight, weight)
+            if isinstance(module, nn.Linear) and module.bias is not None:
                 nn.init.zeros_(module.bias)
         elif isinstance(module, RMSNorm):
             nn.init.ones_(module.weight)
         elif isinstance(module, LayerScale):
             nn.init.constant_(module.gamma, module.initial)
+        elif isinstance(module, Modulation):
+            nn.init.zeros_(module.offset)
 
 
 def _assign(parameter: Tensor, value: Tensor, source_rank: int | None = None) -> None:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Shard
 
 from vitok.config import config, require_choice
-from vitok.transformer import Block
+from vitok.transformer import TransformerBlock
 
 Algorithm = Literal["adamw", "muon"]
 
@@ -22,8 +22,8 @@ _MOMENTUM = 0.95
 _QUINTIC = (3.4445, -4.7750, 2.0315)
 _NUM_ITERATIONS = 5
 # Linears of a block that hold matrices one above the other, each with a task of its own: q, k and
-# v; value and gate.
-_STACKED = {"qkv_proj": 3, "fc1": 2}
+# v; k and v of cross-attention; value and gate.
+_STACKED = {"qkv_proj": 3, "kv_proj": 2, "fc1": 2}
 
 
 @config
@@ -139,7 +139,7 @@ def _block_matrices(model: nn.Module) -> dict[int, list[nn.Parameter]]:
     """Return the matrices of the blocks that train, by how many are stacked in a parameter."""
     stacks: dict[int, list[nn.Parameter]] = {}
     for block in model.modules():
-        if not isinstance(block, Block):
+        if not isinstance(block, TransformerBlock):
             continue
         for name, parameter in block.named_parameters():
             if parameter.ndim == 2 and parameter.requires_grad:

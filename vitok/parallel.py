@@ -11,12 +11,12 @@ from collections.abc import Callable
 from itertools import pairwise
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
 from vitok.config import config
-from vitok.transformer import Block
+from vitok.transformer import TransformerBlock
 
 FLOAT8_CAPABILITY = (8, 9)
 _NO_TORCHAO = "float8 needs torchao; `pip install torchao`, or leave float8 off"
@@ -157,11 +157,14 @@ def compile_blocks(model: nn.Module) -> None:
     any T. Without gradients a compiled block takes all tokens at once: for very large images on
     little memory leave blocks uncompiled.
     """
-    compiled = torch.compile(  # type: ignore[call-overload]  # which lacks recompile_limit
-        Block.compute, recompile_limit=_RECOMPILE_LIMIT
-    )
+    compiled: dict[type[TransformerBlock], Callable[..., Tensor]] = {}
     for block in _blocks(model):
-        block.compiled = compiled
+        kind = type(block)
+        if kind not in compiled:
+            compiled[kind] = torch.compile(  # type: ignore[call-overload]  # lacks recompile_limit
+                kind.compute, recompile_limit=_RECOMPILE_LIMIT
+            )
+        block.compiled = compiled[kind]
 
 
 def shard_model(model: nn.Module, mesh: DeviceMesh, compute_dtype: torch.dtype) -> None:
@@ -184,8 +187,8 @@ def shard_model(model: nn.Module, mesh: DeviceMesh, compute_dtype: torch.dtype) 
         block.set_modules_to_forward_prefetch([following])
 
 
-def _blocks(model: nn.Module) -> list[Block]:
-    return [module for module in model.modules() if isinstance(module, Block)]
+def _blocks(model: nn.Module) -> list[TransformerBlock]:
+    return [module for module in model.modules() if isinstance(module, TransformerBlock)]
 
 
 def _require_float8_device() -> None:

@@ -1,16 +1,22 @@
 """The transformer block of ViTok-v2: parallel attention and SwiGLU, one LayerScale a block.
 
-Shape suffixes: T tokens of the row, W width, H heads, D head dimension.
+Shape suffixes: T tokens of the row, W width, H heads, D head dimension, K tokens of conditions.
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from vitok.attention import AttentionLayout, packed_attention
+from vitok.attention import (
+    AttentionLayout,
+    KeyLayout,
+    packed_attention,
+    packed_cross_attention,
+)
 
 ROPE_THETA = 10_000.0
 NORM_EPS = 1e-6
@@ -94,6 +100,32 @@ class Attention(nn.Module):
         return q_THD, k_THD, v_THD
 
 
+class CrossAttention(nn.Module):
+    """Multi-head attention of each image's tokens to the condition of the image.
+
+    With q/k RMSNorm and without positions: a condition has no place in the image.
+    """
+
+    def __init__(self, width: int, num_heads: int) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.q_proj = nn.Linear(width, width, bias=False)
+        self.kv_proj = nn.Linear(width, 2 * width, bias=False)  # output (2, heads, head_dim)
+        self.norm_q = RMSNorm(width // num_heads)
+        self.norm_k = RMSNorm(width // num_heads)
+        self.out_proj = nn.Linear(width, width, bias=False)
+
+    def forward(
+        self, x_TW: Tensor, condition_KW: Tensor, layout: AttentionLayout, keys: KeyLayout
+    ) -> Tensor:
+        q_THD = self.q_proj(x_TW).unflatten(-1, (self.num_heads, -1))
+        k_KHD, v_KHD = self.kv_proj(condition_KW).unflatten(-1, (2, self.num_heads, -1)).unbind(1)
+        attended_THD = packed_cross_attention(
+            self.norm_q(q_THD), self.norm_k(k_KHD), v_KHD, layout, keys
+        )
+        return self.out_proj(attended_THD.flatten(1))
+
+
 class SwiGLU(nn.Module):
     """Gated MLP: fc1 gives value and gate, in this order."""
 
@@ -108,6 +140,15 @@ class SwiGLU(nn.Module):
         return self.fc2(F.silu(gate) * value)
 
 
+class ZeroLinear(nn.Linear):
+    """A linear layer that starts at zero."""
+
+    def reset_parameters(self) -> None:
+        nn.init.zeros_(self.weight)
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
+
+
 class LayerScale(nn.Module):
     """A learned factor for each channel of a residual branch."""
 
@@ -120,15 +161,61 @@ class LayerScale(nn.Module):
         return x_TW * self.gamma
 
 
-class Block(nn.Module):
-    """`x + gamma * (attention(h) + swiglu(h))` with `h = RMSNorm(x)`.
+class Modulation(nn.Module):
+    """Shifts and scales by the time: what all blocks share, and an offset of one's own (AdaLN).
+
+    One projection of the time for all blocks, which an offset bends for each, has a fraction of the
+    weights of one in every block, and does as well (PixArt-alpha, arXiv:2310.00426, sec. 2.3).
+    """
+
+    def __init__(self, width: int, num_parts: int) -> None:
+        super().__init__()
+        self.num_parts = num_parts
+        # A vector, which optimizers neither decay nor take for a matrix.
+        self.offset = nn.Parameter(torch.zeros(num_parts * width))
+
+    def forward(self, shared_SW: Tensor, membership_TS: Tensor) -> tuple[Tensor, ...]:
+        """Return the parts [T, W] for every token; `membership` [T, S] is 1 at a token's image.
+
+        The backward pass of this product is a product too, where that of indexing would add many
+        tokens to one place, slowly or in any order.
+        """
+        parts = (membership_TS @ (shared_SW + self.offset)).chunk(self.num_parts, dim=-1)
+        return tuple(parts)
+
+
+class TransformerBlock(nn.Module):
+    """What a transformer repeats, and vitok.parallel treats as one.
+
+    A kind of block gives `compute`, which draws no random numbers.
 
     Attributes:
         recomputes: keep only the input, and compute the rest again in the backward pass.
-        compiled: a compiled `Block.compute`, which runs in its place.
+        compiled: a compiled `compute` of its class, which runs in its place.
 
     Both are set by `vitok.parallel`.
     """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.recomputes = False
+        self.compiled: Callable[..., Tensor] | None = None
+
+    def forward(self, x_TW: Tensor, *context: Any) -> Tensor:
+        compute = self.compiled or type(self).compute
+        if self.recomputes and torch.is_grad_enabled():
+            return checkpoint(
+                compute, self, x_TW, *context, use_reentrant=False, preserve_rng_state=False
+            )
+        return compute(self, x_TW, *context)
+
+    def compute(self, x_TW: Tensor, *context: Any) -> Tensor:
+        """Do what the block does; unbound, so that one compiled function serves all of a kind."""
+        raise NotImplementedError
+
+
+class Block(TransformerBlock):
+    """`x + gamma * (attention(h) + swiglu(h))` with `h = RMSNorm(x)`."""
 
     def __init__(self, width: int, num_heads: int, layer_scale: float) -> None:
         super().__init__()
@@ -136,29 +223,14 @@ class Block(nn.Module):
         self.attn = Attention(width, num_heads)
         self.ffn = SwiGLU(width)
         self.layer_scale = LayerScale(width, layer_scale)
-        self.recomputes = False
-        self.compiled: Callable[[Block, Tensor, Tensor, AttentionLayout], Tensor] | None = None
 
     def forward(self, x_TW: Tensor, rotation: Tensor, layout: AttentionLayout) -> Tensor:
-        compute = self.compiled or Block.compute
         chunk = CUDA_CHUNK if x_TW.is_cuda else CPU_CHUNK
         if not torch.is_grad_enabled() and not self.compiled and len(x_TW) > chunk:
             return self.compute_in_chunks(x_TW, rotation, layout, chunk)
-        if self.recomputes and torch.is_grad_enabled():
-            # A block draws no random numbers whose state would have to come back.
-            return checkpoint(
-                compute,
-                self,
-                x_TW,
-                rotation,
-                layout,
-                use_reentrant=False,
-                preserve_rng_state=False,
-            )
-        return compute(self, x_TW, rotation, layout)
+        return super().forward(x_TW, rotation, layout)
 
     def compute(self, x_TW: Tensor, rotation: Tensor, layout: AttentionLayout) -> Tensor:
-        """Do what the block does; unbound, so that one compiled function serves every block."""
         h_TW = self.norm1(x_TW)
         return x_TW + self.layer_scale(self.attn(h_TW, rotation, layout) + self.ffn(h_TW))
 

@@ -99,7 +99,7 @@ def test_crops_use_every_photograph_once_before_any_again() -> None:
     while len(seen) < 48:
         row = crops.row(side=2)
         starts = np.cumsum([0, *row.image_tokens])[:-1]
-        seen += [int(row.patches[start, 0]) for start in starts]
+        seen += [int(row.tokens[start, 0]) for start in starts]
         assert row.num_tokens <= 64
         assert (row.image_size <= 32).all()
     assert sorted(seen[:24]) == sorted(seen[24:48]) == list(range(1, 25))
@@ -130,7 +130,7 @@ def test_crops_are_pieces_of_the_photograph_and_may_be_mirrored() -> None:
 def test_ranks_draw_different_crops_and_a_seed_the_same() -> None:
     def first(seed: int, rank: int) -> np.ndarray:
         crops = Crops(photographs_of_one_colour(24), 16, 64, seed=seed, rank=rank)
-        return np.asarray(crops.row(side=2).patches)
+        return np.asarray(crops.row(side=2).tokens)
 
     assert np.array_equal(first(0, 0), first(0, 0))
     assert not np.array_equal(first(0, 0), first(0, 1))

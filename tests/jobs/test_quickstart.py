@@ -1,5 +1,6 @@
 import json
 import re
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -9,16 +10,19 @@ import pytest
 from mlflow.tracking import MlflowClient
 from PIL import Image
 
-from jobs import quickstart, recipes
+from jobs import flow_recipes, quickstart, recipes
 from jobs.sample_corpus import make_sample_corpus
 from pipelines import train_autoencoder
 from pipelines.latents import LatentCache
 from pipelines.runs import next_step
 from pipelines.tracking import TrackingConfig, open_run, tracking_uri
 from pipelines.train_autoencoder import AutoencoderTraining, load_autoencoder
+from pipelines.train_flow import FlowTraining
 from pipelines.verify_latents import verify_here
 from tests.conftest import tiny_model
+from tests.pipelines.flow_runs import flow_training, write_checkpoint
 from vitok.pretrained import encoder_digest
+from vitok.storage import Folder
 
 
 def tiny_quickstart() -> AutoencoderTraining:
@@ -129,3 +133,28 @@ def _check_record(storage: Path, run_id: str) -> None:
     assert artifacts("latents") == {"manifest.json"}
     assert artifacts("weights") == {"config.json", "encoder.safetensors", "decoder.safetensors"}
     assert any(name.endswith(".png") for name in artifacts("images"))
+
+
+def test_flow_stage_trains_on_the_latents_of_the_quickstart_and_draws_every_class(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tiny = flow_training(tmp_path)
+    folder = tmp_path / "quickstart"
+    folder.mkdir()
+    (tmp_path / "cache").rename(folder / "latents")
+    (tmp_path / "autoencoder").rename(folder / "export")
+    monkeypatch.setattr(flow_recipes, "flow_quickstart", lambda: tiny)
+
+    def train(settings: FlowTraining) -> Folder:
+        assert settings.cache == str(folder / "latents")
+        assert settings.autoencoder == str(folder / "export")
+        write_checkpoint(settings)
+        return settings.run.folder
+
+    monkeypatch.setattr(quickstart.train_flow, "run_training", train)
+    monkeypatch.setattr(quickstart, "ray_session", nullcontext)
+    sheet = quickstart.generate_samples(str(tmp_path / "runs"), folder)
+    assert "[flow] a generator of 6 classes on these latents" in capsys.readouterr().out
+    pixels = np.asarray(Image.open(sheet))
+    # Twelve pictures of 32 x 48 pixels: two for each class.
+    assert pixels.shape[1] >= 12 * 48 and (pixels != 255).any(axis=2).sum() > 10 * 32 * 48

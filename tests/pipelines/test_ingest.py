@@ -175,4 +175,4 @@ def test_rows_do_not_depend_on_how_many_images_are_read_at_a_time(
     assert max(parts) < max_bytes + largest
     for row, wanted in zip(rows, expected, strict=True):
         assert row.keys == wanted.keys
-        assert np.array_equal(row.patches, wanted.patches)
+        assert np.array_equal(row.tokens, wanted.tokens)

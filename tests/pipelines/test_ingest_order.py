@@ -212,7 +212,7 @@ def test_any_plan_arrives_in_its_order_through_any_workers_and_resumptions(
         assert len(planned.rows) == shape.num_rows
         for row in rows:
             assert row.skipped == []
-            assert row.num_tokens <= plan.data.row_tokens == len(row.patches)
+            assert row.num_tokens <= plan.data.row_tokens == len(row.tokens)
             assert len(row.keys) == (row.image_size[:, 0] > 0).sum() <= shape.max_images
         views = [view for row in planned.rows for view in row]
         assert len(views) == plan.stage_of(step).images_per_step

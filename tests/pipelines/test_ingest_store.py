@@ -259,7 +259,7 @@ def test_a_faulty_store_and_kills_change_no_step_on_any_number_of_workers(
         assert [row.keys for row in expected] == keys_of(local, step)
         for row, wanted in zip(rows, expected, strict=False):
             assert (row.keys, row.skipped) == (wanted.keys, [])
-            assert np.array_equal(row.patches, wanted.patches)
+            assert np.array_equal(row.tokens, wanted.tokens)
             assert np.array_equal(row.image_size, wanted.image_size)
         assert all(row.keys == [] for row in rows[len(expected) :])
     everything = sorted(f"{i:04d}" for i in range(NUM_SAMPLES))

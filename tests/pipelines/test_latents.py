@@ -12,6 +12,7 @@ from safetensors import safe_open
 from torch.utils.data import DataLoader
 
 from pipelines import latents as latents_module
+from pipelines.latent_corpus import LatentCorpus
 from pipelines.latent_manifest import code_version, make_manifest, read_records, remove_old_indexes
 from pipelines.latent_units import claim_cache, commit_unit, committed_units, make_unit, read_record
 from pipelines.latents import CHUNK_LATENTS, LatentCache, LatentRow, LatentStream
@@ -393,7 +394,8 @@ def test_stream_resumes_from_its_cursor_on_another_number_of_ranks(many: LatentC
 def test_plan_over_a_cache_sees_each_latent_at_exactly_its_grid(many: LatentCache) -> None:
     data = DataConfig(manifest="m", row_tokens=64, crop_area=1.0, crop_aspect=1.0, chunk_samples=4)
     stage = Stage(steps=3, images_per_step=21, token_budgets=(16,), rows_per_step=3)
-    plan = Plan(corpus=many, data=data, stages=(stage,), patch_size=16, seed=3)
+    corpus = LatentCorpus(many.location)
+    plan = Plan(corpus=corpus, data=data, stages=(stage,), patch_size=16, seed=3)
     rows = {row.key: row for row in many}
     seen: list[str] = []
     for step in range(3):

@@ -51,7 +51,7 @@ def test_every_image_comes_once_as_the_transform_shows_it(
     rows = rows_of(source, how.views(records, PATCH), row_tokens=64)
     found = dict(pixels_of(rows))
     assert len(found) == sum(len(row.keys) for row in rows) == COUNT
-    assert len({row.patches.shape for row in rows}) == len({len(row.image_size) for row in rows})
+    assert len({row.tokens.shape for row in rows}) == len({len(row.image_size) for row in rows})
     assert len(rows) > 1
     for key, data in zip(records.key.tolist(), read_samples(source, records), strict=True):
         whole = decode_rgb(data)
@@ -88,7 +88,7 @@ def test_a_view_larger_than_a_row_gets_a_longer_row(source: Manifest) -> None:
     records = source.records(np.arange(3))
     views = Transform(square=96).views(records, PATCH)
     rows = rows_of(source, views, row_tokens=8)
-    assert [len(row.patches) for row in rows] == [36, 36, 36]
+    assert [len(row.tokens) for row in rows] == [36, 36, 36]
     assert {row.max_seqlen for row in rows} == {36}
 
 

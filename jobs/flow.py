@@ -1,0 +1,94 @@
+"""`vitok sample`: a sheet of generated images, or a whole set of them as shards."""
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import tyro
+from PIL import Image
+
+from pipelines.generate import Generation, Generator, generate
+from pipelines.reconstruction import sheet_of
+from pipelines.sampling import Request, spread_classes, whole_patches
+from pipelines.train_flow import read_statistics
+from vitok.flow import Method, SamplerConfig
+from vitok.storage import Folder
+
+
+def sample(
+    run: tyro.conf.Positional[str],
+    /,
+    *,
+    label: Annotated[tuple[int, ...], tyro.conf.arg(name="class")] = (),
+    seed: int = 0,
+    count: int = 8,
+    size: str = "256x256",
+    steps: int = 50,
+    method: Method = "euler",
+    guidance: float = 4.0,
+    guidance_interval: tuple[float, float] = (0.0, 1.0),
+    autoencoder: str = "",
+    dtype: str = "float32",
+    out: str = "samples.png",
+) -> None:
+    """Sample images of a flow model, and save them as one sheet.
+
+    Args:
+        run: folder of a flow training, such as runs/NAME; its newest checkpoint is taken.
+        label: classes, each sampled `count` times in a row of seeds; none spreads `count` images
+            over all classes.
+        seed: of the first image of each class; the same seed, class and size give the same image.
+        count: images.
+        size: HEIGHTxWIDTH in pixels, of any aspect ratio, enlarged to whole patches.
+        steps: from noise to data.
+        method: of integration.
+        guidance: how far beyond the null condition's velocity; 1 is the class's alone.
+        guidance_interval: times from and to which it is guided, from 0 (noise) to 1 (data).
+        autoencoder: whose decoder makes pixels; the run's own if empty.
+        dtype: precision of the weights: float32 or bfloat16.
+        out: the PNG file.
+    """
+    if count < 1:
+        raise ValueError(f"count={count} must be at least 1")
+    sampler = SamplerConfig(
+        steps=steps, method=method, guidance=guidance, guidance_interval=guidance_interval
+    )
+    folder = Folder.of(run)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    generator = Generator.load(folder, autoencoder, device, getattr(torch, dtype))
+    num_classes = generator.training.model.num_classes
+    if wrong := [one for one in label if not -1 <= one < num_classes]:
+        raise ValueError(f"class {wrong[0]} is none of the run's: 0 to {num_classes - 1}")
+    pixels = whole_patches(parse_size(size), read_statistics(folder).patch_size)
+    labels = [one for one in label for _ in range(count)] or spread_classes(count, num_classes)
+    requests = [Request(seed + i % count, one, pixels) for i, one in enumerate(labels)]
+    start = time.perf_counter()
+    images = generator.images(requests, sampler, generator.training.row_tokens)
+    seconds = time.perf_counter() - start
+    Path(out).parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(sheet_of(images)).save(out)
+    print(f"{len(images)} images of {pixels[0]} x {pixels[1]} pixels in {seconds:.1f} s: {out}")
+
+
+def generate_set(arguments: Sequence[str]) -> None:
+    """Sample many images as WebDataset shards on a Ray cluster; goes on where it was stopped."""
+    from cluster.local import ray_session
+
+    settings = tyro.cli(Generation, args=arguments, prog="vitok generate")
+    with ray_session():
+        shards = generate(settings)
+    print(f"{settings.num_images} images in {len(shards)} shards: {Folder.of(settings.out).uri}")
+
+
+def parse_size(text: str) -> tuple[int, int]:
+    """Read HEIGHTxWIDTH.
+
+    Raises:
+        ValueError: it has another form, or a side is 0.
+    """
+    height, _, width = text.lower().partition("x")
+    if not (height.isdigit() and width.isdigit()) or 0 in (int(height), int(width)):
+        raise ValueError(f"size={text!r} must be HEIGHTxWIDTH in pixels, as in 256x384")
+    return int(height), int(width)

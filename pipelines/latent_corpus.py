@@ -1,0 +1,97 @@
+"""A latent cache as what a training plans and reads: rows of latents through the same transport."""
+
+from collections.abc import Sequence
+from functools import cached_property
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from pipelines.decode import UnreadableImage
+from pipelines.ingest import PackedRow
+from pipelines.latent_units import DTYPES
+from pipelines.latents import LatentCache, LatentRow
+from pipelines.views import SampleView
+from vitok.config import config
+from vitok.packed import PackedTokens
+
+# NumPy knows no bfloat16: rows carry the bits of a latent, and the device reads them as they are.
+_BITS = {"bfloat16": np.uint16, "float16": np.uint16, "float32": np.uint32}
+_FLOOR = 1e-6  # as LatentCache divides by
+
+
+class LatentCorpus(LatentCache):
+    """A latent cache whose latents are used as they were encoded, one after the other in rows."""
+
+    resizes: ClassVar[bool] = False
+
+    def show(
+        self, sample: LatentRow, views: Sequence[SampleView]
+    ) -> dict[SampleView, NDArray[Any] | UnreadableImage]:
+        """Return the bits of a latent [N, C], which every view sees as a whole."""
+        height, width = sample.image_size
+        for view in views:
+            assert view.size == (height, width), f"{sample.key}: {view.size} of {height, width}"
+        bits = sample.latent.contiguous().view(_torch_bits(sample.latent.dtype)).numpy()
+        return dict.fromkeys(views, bits)
+
+    def token_format(self, patch_size: int) -> tuple[int, np.dtype[Any]]:
+        """Return the channels of a latent, and the type that carries its bits."""
+        identity = self.identity
+        assert patch_size == identity.patch_size, f"{patch_size} of {identity.patch_size}"
+        return identity.channels, np.dtype(_BITS[identity.dtype])
+
+    def write(self, shown: NDArray[Any], tokens: NDArray[Any], patch_size: int) -> None:
+        """Put the bits of a latent into their place in a row."""
+        tokens[...] = shown
+
+    @cached_property
+    def statistics(self) -> "LatentStatistics":
+        """What samples of a model that learned this cache need of it."""
+        identity, manifest = self.identity, self.manifest
+        return LatentStatistics(
+            encoder_digest=identity.encoder_digest,
+            patch_size=identity.patch_size,
+            mean=manifest.mean[: identity.channels],
+            std=tuple(max(std, _FLOOR) for std in manifest.std[: identity.channels]),
+        )
+
+    @property
+    def max_tokens(self) -> int:
+        """Tokens that no latent has more of."""
+        identity = self.identity
+        return max(transform.max_tokens(identity.patch_size) for transform in identity.transforms)
+
+    def to_packed(self, row: PackedRow, device: torch.device) -> PackedTokens:
+        """Return a row as normalised latents [T, C] float32 on the device; 0 in padding."""
+        layout = row.layout(device)
+        bits = torch.as_tensor(row.tokens).to(device, non_blocking=True)
+        latents = self.normalize(bits.view(DTYPES[self.identity.dtype]))
+        return layout.with_tokens(latents * (layout.segment_ids >= 0)[:, None])
+
+
+@config
+class LatentStatistics:
+    """What brings normalised latents back to those of a cache, where the cache is not at hand.
+
+    Attributes:
+        encoder_digest: of the encoder that made the latents.
+        patch_size: pixels along each side of a patch.
+        mean, std: of every channel over the whole cache.
+    """
+
+    encoder_digest: str
+    patch_size: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+    def denormalize(self, latents: Tensor) -> Tensor:
+        """Return latents [..., C] as the encoder gave them, of such with mean 0 and variance 1."""
+        mean, std = (torch.tensor(v, device=latents.device) for v in (self.mean, self.std))
+        return latents.float() * std + mean
+
+
+def _torch_bits(dtype: torch.dtype) -> torch.dtype:
+    return torch.uint32 if dtype == torch.float32 else torch.uint16
