@@ -191,10 +191,10 @@ class FeatureMoments:
 def frechet_distance(a: Gaussian, b: Gaussian) -> float:
     """Return |mean_a - mean_b|^2 + tr(A + B - 2 (A^1/2 B A^1/2)^1/2), in float64.
 
-    With A = L L^T and B = M M^T from their eigenvalues, the last trace is the sum of the singular
-    values of L^T M. Neither a product that is not symmetric nor a root of rounding noise occurs: it
-    stays accurate where there are fewer images than features. scipy.linalg.sqrtm(A B), which the
-    usual packages take, returns complex numbers there.
+    With A = L L^T and B = M M^T from their eigenvalues, the last trace is that of the root of
+    X X^T, X = L^T M: symmetric, so that its eigenvalues are real, and free of the directions in
+    which A and B have nothing but rounding noise. scipy.linalg.sqrtm(A B), which the usual packages
+    take, is of a matrix that is not symmetric, and fails with fewer images than features.
 
     Raises:
         ValueError: the statistics are of different networks.
@@ -209,7 +209,9 @@ def frechet_distance(a: Gaussian, b: Gaussian) -> float:
             f"statistics of the networks {a.extractor[:12]}... and {b.extractor[:12]}... cannot be "
             "compared; compute both with the same weights"
         )
-    overlap = np.linalg.svd(_factor(a.covariance).T @ _factor(b.covariance), compute_uv=False)
+    cross = _factor(a.covariance).T @ _factor(b.covariance)
+    squares = cross @ cross.T if cross.shape[0] <= cross.shape[1] else cross.T @ cross
+    overlap = np.sqrt(np.linalg.eigvalsh(squares).clip(min=0))
     shift = a.mean - b.mean
     traces = np.trace(a.covariance) + np.trace(b.covariance)
     return max(0.0, float(shift @ shift + traces - 2 * overlap.sum()))
@@ -237,6 +239,7 @@ def few_samples(count: int, dim: int) -> str:
 
 
 def _factor(covariance: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Return L with L L^T = covariance."""
+    """Return L [D, rank] with L L^T = covariance."""
     values, vectors = np.linalg.eigh((covariance + covariance.T) / 2)
-    return vectors * np.sqrt(values.clip(min=0))
+    real = values > len(values) * np.finfo(np.float64).eps * values.max()
+    return vectors[:, real] * np.sqrt(values[real])

@@ -36,7 +36,9 @@ def load_dino(weights: str, option: str) -> nn.Module:
         ValueError: they are of another network, or not whole.
     """
     from transformers import DINOv3ViTModel
+    from transformers.utils import logging
 
+    logging.disable_progress_bar()  # the screen belongs to the caller
     try:
         loaded: Any = DINOv3ViTModel.from_pretrained(
             weights,

@@ -85,8 +85,8 @@ def test_known_gaussians_have_the_distance_that_follows_by_hand() -> None:
 def test_distance_to_itself_is_0_and_it_is_symmetric(count: int) -> None:
     """Also with fewer images than features, where sqrtm fails."""
     a, b = (gaussian_of(features_of(count, 64, seed)) for seed in (0, 1))
-    assert frechet_distance(a, a) == pytest.approx(0, abs=1e-9)
-    assert frechet_distance(a, b) == pytest.approx(frechet_distance(b, a), rel=1e-12)
+    assert frechet_distance(a, a) == pytest.approx(0, abs=1e-6)
+    assert frechet_distance(a, b) == pytest.approx(frechet_distance(b, a), rel=1e-9)
     assert frechet_distance(a, b) > 1
 
 
