@@ -1,8 +1,6 @@
 """Benchmark of reconstruction over resolutions: time, memory and quality."""
 
-import ctypes
 import statistics
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -10,13 +8,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-import psutil
 import torch
 from PIL import Image
 from torch import Tensor
 
 from pipelines.baselines import random_baseline, reconstruct_with
 from pipelines.decode import decode_rgb
+from pipelines.peak_memory import memory_in_use, start_peak
 from pipelines.train_autoencoder import load_autoencoder
 from vitok.autoencoder import Autoencoder
 from vitok.images import to_tensor
@@ -199,8 +197,8 @@ def _foresee(
 
 def _measure(subject: _Subject, case: Case, source: Tensor, repeats: int) -> Case:
     seconds: list[float] = []
-    _start_peak(source.device)
-    rest = _memory(source.device)[0]
+    start_peak(source.device)
+    rest = memory_in_use(source.device)[0]
     while len(seconds) < repeats and sum(seconds) < _ENOUGH_S:
         start = time.perf_counter()
         try:
@@ -208,7 +206,7 @@ def _measure(subject: _Subject, case: Case, source: Tensor, repeats: int) -> Cas
         except torch.OutOfMemoryError:
             return Case(**asdict(case) | {"skipped": "the device ran out of memory"})
         seconds.append(time.perf_counter() - start)
-    peak = _memory(source.device)[1]
+    peak = memory_in_use(source.device)[1]
     quality = psnr(output, source.cpu()) if subject.has_psnr else None
     figures = {
         "seconds": statistics.median(seconds),
@@ -217,28 +215,6 @@ def _measure(subject: _Subject, case: Case, source: Tensor, repeats: int) -> Cas
         "psnr": quality,
     }
     return Case(**asdict(case) | figures)
-
-
-def _start_peak(device: torch.device) -> None:
-    """Forget the peak of memory so far."""
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-        return
-    if sys.platform == "linux":
-        ctypes.CDLL(None).malloc_trim(0)
-        Path("/proc/self/clear_refs").write_text("5")
-
-
-def _memory(device: torch.device) -> tuple[int, int]:
-    """Return bytes in use now and at the peak."""
-    if device.type == "cuda":
-        return torch.cuda.memory_allocated(device), torch.cuda.max_memory_allocated(device)
-    if sys.platform != "linux":
-        now = psutil.Process().memory_info().rss
-        return now, now
-    fields = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
-    resident, peak = (int(fields[name].split()[0]) * 1024 for name in ("VmRSS", "VmHWM"))
-    return resident, peak
 
 
 def _photograph(file: str) -> np.ndarray:

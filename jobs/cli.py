@@ -85,16 +85,29 @@ def generate(arguments: Sequence[str]) -> None:
 
 
 def evaluate(arguments: Sequence[str]) -> None:
-    """PSNR and SSIM of a model on held-out images"""
-    from pipelines.evaluate import EvaluationConfig, evaluate_model
+    """reconstruction metrics of models and of others, by a recipe"""
+    from contextlib import nullcontext
 
-    settings = tyro.cli(EvaluationConfig, args=arguments, prog="vitok evaluate")
-    summary = evaluate_model(settings)
+    from cluster.local import ray_session
+    from jobs.evaluations import EVALUATIONS
+    from pipelines.evaluate import evaluate as run_evaluation
+    from pipelines.evaluation_report import REPORT, log_to_runs, write_results
+    from pipelines.shards import local_folder
+
+    settings = _recipe(EVALUATIONS, arguments, "evaluate")
+    out = local_folder(settings.out)
+    with ray_session() if settings.num_workers else nullcontext():
+        result = run_evaluation(settings)
+    write_results(settings, result, out)
+    log_to_runs(settings, result, out)
     if settings.json:
-        _print_json(summary)
-        return
-    _print_table({name: f"{value:.4g}" for name, value in summary.items()})
-    print(f"results: {Path(settings.out).absolute()}")
+        _print_json([asdict(score) for score in result.scores])
+    else:
+        print((out / REPORT).read_text())
+        print(f"results: {out}")
+    if result.failed:
+        listed = "; ".join(f"{name}: {why}" for name, why in result.failed.items())
+        raise ValueError(f"not everything could be evaluated: {listed}")
 
 
 def encode(arguments: Sequence[str]) -> None:
@@ -125,8 +138,7 @@ def reconstruct(arguments: Sequence[str]) -> None:
     from PIL import Image
 
     from pipelines.decode import UnreadableImage
-    from pipelines.evaluate import reconstruct_image
-    from pipelines.reconstruction import comparison
+    from pipelines.reconstruction import comparison, reconstruct_image
     from pipelines.train_autoencoder import load_autoencoder
 
     def run(

@@ -10,11 +10,12 @@ import torch
 from PIL import Image
 
 from cluster.local import ray_session
-from jobs import encoding, flow_recipes, recipes
+from jobs import encoding, evaluations, flow_recipes, recipes
 from jobs.sample_corpus import make_sample_corpus
 from pipelines import train_flow
 from pipelines.cache_latents import cache_latents
-from pipelines.evaluate import EvaluationConfig, evaluate_model
+from pipelines.evaluate import Scores, evaluate
+from pipelines.evaluation_report import write_results
 from pipelines.generate import Generator
 from pipelines.judge_latents import decode_row
 from pipelines.latents import LatentCache
@@ -74,14 +75,17 @@ def run_quickstart(storage: str = "runs", fresh: bool = False, flow: bool = Fals
         export = run_training(settings)
 
         _headline("3/5", "evaluation on photographs that the training never saw")
-        evaluation = EvaluationConfig(
-            model=export.uri,
-            manifest=str(eval_manifest),
+        evaluation = replace(
+            evaluations.quickstart(),
+            subjects=(export.uri,),
+            data=str(eval_manifest),
             out=str(folder / "evaluation"),
-            token_budget=max(settings.stages[-1].token_budgets),
+            token_budget=(max(settings.stages[-1].token_budgets),),
         )
-        scores = evaluate_model(evaluation)
-        print(f"PSNR {scores['eval_psnr']:.2f} dB, SSIM {scores['eval_ssim']:.3f}")
+        result = evaluate(evaluation)
+        write_results(evaluation, result, folder / "evaluation")
+        scores = result.scores[0]
+        print(f"PSNR {scores.psnr:.2f} dB, SSIM {scores.ssim:.3f}")
 
         _headline("4/5", "latents of the whole corpus")
         manifest = cache_latents(
@@ -158,32 +162,34 @@ def _describe(settings: AutoencoderTraining) -> str:
     )
 
 
-def _record(
-    tracker: Tracker, folder: Path, scores: dict[str, float], latent_bytes: int, step: int
-) -> None:
+def _record(tracker: Tracker, folder: Path, scores: Scores, latent_bytes: int, step: int) -> None:
     tracker.log_files(folder / "evaluation" / "results.json", "evaluation")
     tracker.log_files(folder / "evaluation" / "reconstructions.png", "evaluation")
     tracker.log_files(folder / "latents" / "manifest.json", "latents")
-    final = {f"final_{name}": value for name, value in scores.items()}
+    final = {
+        "final_eval_psnr": scores.psnr,
+        "final_eval_ssim": scores.ssim,
+        "latent_bytes": float(latent_bytes),
+    }
     if tracker.last_step("final_eval_psnr") < step:  # a second quickstart finds it there
-        tracker.log_metrics(final | {"latent_bytes": float(latent_bytes)}, step)
+        tracker.log_metrics(final, step)
 
 
 def _summary(
     settings: AutoencoderTraining,
-    scores: dict[str, float],
+    scores: Scores,
     rates: dict[str, float],
     folder: Path,
     seconds: float,
 ) -> None:
     patch = settings.model.patch_size
     rows = [
-        ("PSNR of the reconstructions", f"{scores['eval_psnr']:.2f} dB"),
+        ("PSNR of the reconstructions", f"{scores.psnr:.2f} dB"),
         (
             f"PSNR of one colour for each {patch} x {patch} patch",
-            f"{scores['eval_baseline_psnr']:.2f} dB",
+            f"{scores.baseline_psnr:.2f} dB",
         ),
-        ("SSIM", f"{scores['eval_ssim']:.3f}"),
+        ("SSIM", f"{scores.ssim:.3f}"),
         ("training speed, at the end", f"{rates.get('tokens_per_s', 0):,.0f} tokens/s"),
         ("token utilisation, at the end", f"{rates.get('token_utilisation', 0):.3f}"),
         ("picture", _short(folder / "evaluation" / "reconstructions.png")),

@@ -1,126 +1,376 @@
-"""Evaluation of a trained model on held-out images: per-image rows, means, a picture."""
+"""Evaluation of autoencoders: the same images through every subject, on many workers.
 
-import json
-import time
-from dataclasses import asdict
+What is measured depends on the images and the subject alone. The samples, sorted by key, are cut
+into slices; a slice is packed among itself, so that an image always shares its pass with the same
+others; rows are sorted by key, means are rounded once, and features are summed exactly. With as
+many threads a worker, results are the same to the last bit on any number of workers.
+"""
+
+import math
+import statistics
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
-from PIL import Image
+from numpy.typing import NDArray
 from tqdm import tqdm
 
 from pipelines.corpus import Manifest
-from pipelines.decode import UnreadableImage, decode_rgb, image_size
-from pipelines.reconstruction import (
-    ImageResult,
-    Pictured,
-    contact_sheet,
-    evaluate_rows,
-    evaluation_rows,
-    judge,
-    summarize,
-)
-from pipelines.train_autoencoder import load_autoencoder
-from vitok.autoencoder import Autoencoder
-from vitok.config import config
-from vitok.images import to_tensor
-from vitok.patches import fit_to_budget, num_tokens
+from pipelines.evaluation_config import EvaluationConfig
+from pipelines.evaluation_data import choose_samples, digest_of, left_out, open_images
+from pipelines.evaluation_pool import InProcess, Slice, WorkerPool, cut
+from pipelines.evaluation_worker import OK, EvaluatedImage, Evaluator, ExtractorConfig
+from pipelines.failures import root_cause
+from pipelines.shards import local_folder
+from pipelines.subjects import SOURCE, SubjectFacts, SubjectSpec
+from pipelines.whole_images import Transform
+from vitok.frechet import FeatureMoments, Gaussian, few_samples, frechet_distance
+
+# What a subject may fail with that has nothing to do with an image.
+_NO_SUBJECT = (FileNotFoundError, ValueError, ImportError, RuntimeError)
 
 
-@config
-class EvaluationConfig:
-    """One evaluation.
+@dataclass(frozen=True, kw_only=True)
+class Scores:
+    """What a subject reached at a resolution; what is not known is None.
 
     Attributes:
-        model: training run or folder of weights.
-        manifest: folder that `vitok corpus index` wrote: the images.
-        out: folder for results.json (means and one row for each image) and reconstructions.png.
-        token_budget: larger images are shrunk to at most this many patches, aspect kept.
-        row_tokens: tokens of one forward pass.
-        max_images: take the first images only; 0 takes all.
-        num_pictures: images shown in the picture.
-        json: print the means as JSON on the last line.
+        num_images: images that were reconstructed.
+        num_failed: images that were not; their rows say why.
+        psnr, ssim, baseline_psnr, lpips: means over images, see EvaluatedImage.
+        rfid, rfdd: Fréchet distances of Inception-v3 and DINOv3 features.
+        seconds, peak_mb: medians over images.
+        warnings: why figures mean little.
     """
 
-    model: str
-    manifest: str
-    out: str = "evaluation"
-    token_budget: int = 256
-    row_tokens: int = 4096
-    max_images: int = 0
-    num_pictures: int = 8
-    json: bool = False
+    subject: str
+    resolution: str
+    num_images: int
+    num_failed: int
+    psnr: float | None
+    ssim: float | None
+    baseline_psnr: float | None
+    lpips: float | None
+    rfid: float | None
+    rfdd: float | None
+    seconds: float | None
+    peak_mb: float | None
+    compression_ratio: float | None
+    bits_per_pixel: float | None
+    digest: str
+    warnings: tuple[str, ...]
 
-    def __post_init__(self) -> None:
-        if min(self.token_budget, self.row_tokens) < 1:
-            raise ValueError("token_budget and row_tokens must be at least 1")
+
+@dataclass(frozen=True, eq=False)
+class EvaluationResult:
+    """All that an evaluation found.
+
+    Attributes:
+        images: by subject and resolution, sorted by key.
+        pictures: strips of original, reconstruction and error map by key, worst first, by subject
+            and resolution.
+        references: statistics of the sources, by resolution and network.
+        keys: of the samples.
+        left_out: (name, reason) of the images that are there and cannot be used.
+        failed: why a subject could not be evaluated, by its name.
+    """
+
+    scores: list[Scores]
+    images: dict[tuple[str, str], list[EvaluatedImage]]
+    pictures: dict[tuple[str, str], dict[str, NDArray[np.uint8]]]
+    references: dict[tuple[str, str], Gaussian]
+    keys: list[str]
+    left_out: list[tuple[str, str]]
+    failed: dict[str, str]
+
+    @property
+    def samples_digest(self) -> str:
+        """sha256 (hex) of the list of samples."""
+        return digest_of(self.keys)
 
 
-def evaluate_model(settings: EvaluationConfig) -> dict[str, float]:
-    """Evaluate a model in this process, write the results, and return the means.
+def evaluate(settings: EvaluationConfig) -> EvaluationResult:
+    """Evaluate every subject at every resolution; on the connected Ray cluster, if it has workers.
 
     Raises:
-        FileNotFoundError: the model or the manifest is not there.
-        ValueError: no image of the manifest is readable.
+        FileNotFoundError: the images, a network or its statistics are not there; or no subject is.
+        ValueError: there is nothing to evaluate, or no subject that can be.
+        RuntimeError: the cluster is too small.
     """
-    model = load_autoencoder(settings.model)
-    rows = evaluation_rows(
-        Manifest.load(settings.manifest),
-        patch_size=model.config.patch_size,
-        token_budget=settings.token_budget,
-        row_tokens=settings.row_tokens,
-        max_images=settings.max_images or None,
+    if not settings.subjects or not settings.data:
+        raise ValueError("give subjects, as in --subjects 350M-f16x64 sd-vae, and data, the images")
+    run = _Run.of(settings)
+    result = EvaluationResult([], {}, {}, {}, run.keys, left_out(run.manifest), {})
+    with _progress(run) as done:
+        _measure_references(run, result, done)
+        bits_per_pixel = 0.0
+        for spec in settings.specs():
+            if spec.is_codec and not spec.bits_per_pixel:
+                spec = replace(spec, bits_per_pixel=bits_per_pixel)
+            try:
+                facts = _evaluate_subject(run, spec, result, done)
+            except _NO_SUBJECT as error:
+                result.failed[spec.title] = root_cause(error)
+                continue
+            bits_per_pixel = bits_per_pixel or facts.bits_per_pixel or 0.0
+    if not result.scores:
+        raise ValueError("; ".join(f"{name}: {why}" for name, why in result.failed.items()))
+    if not any(score.num_images for score in result.scores):
+        images = next(iter(result.images.values()))
+        raise ValueError(
+            f"not one of {len(images)} images could be evaluated; the first, {images[0].key}: "
+            f"{images[0].status}"
+        )
+    return result
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class _Run:
+    """What all subjects of an evaluation share."""
+
+    settings: EvaluationConfig
+    manifest: Manifest
+    keys: list[str]
+    sample_ids: NDArray[np.int64]
+    slices: list[Slice]
+
+    @classmethod
+    def of(cls, settings: EvaluationConfig) -> "_Run":
+        manifest = open_images(settings.data, local_folder(settings.out) / "data")
+        wanted = Path(settings.samples).read_text().split("\n") if settings.samples else None
+        sample_ids, keys = choose_samples(
+            manifest,
+            settings.max_images,
+            settings.seed,
+            [key for key in wanted if key] if wanted else None,
+        )
+        slice_images = 1 if settings.repeats else settings.slice_images
+        return cls(
+            settings=settings,
+            manifest=manifest,
+            keys=keys,
+            sample_ids=sample_ids,
+            slices=cut(sample_ids, keys, slice_images),
+        )
+
+    @contextmanager
+    def workers(
+        self, spec: SubjectSpec, networks: ExtractorConfig
+    ) -> Iterator[WorkerPool | InProcess]:
+        """Start what evaluates a subject, and end it."""
+        settings = self.settings
+        given: dict[str, Any] = {
+            "manifest": str(self.manifest.path),
+            "patch_size": settings.patch_size,
+            "row_tokens": settings.row_tokens,
+            "repeats": settings.repeats,
+            "device": "cuda" if settings.use_gpu else "cpu",
+        }
+        # Workers run in other directories.
+        spec = spec.absolute()
+        networks = networks.absolute()
+        pool: WorkerPool | InProcess
+        if settings.num_workers == 0:
+            if settings.use_gpu and not torch.cuda.is_available():
+                raise RuntimeError("this machine has no GPU; set use_gpu to False")
+            pool = InProcess(Evaluator(spec, networks, **given))
+        else:
+            pool = _ray_pool(settings, len(self.slices), spec, networks, given)
+        try:
+            yield pool
+        finally:
+            pool.close()
+
+
+@contextmanager
+def _progress(run: _Run) -> Iterator[Callable[[int], object]]:
+    """Draw a bar; gives the function that says how many images more are done."""
+    settings = run.settings
+    passes = len(settings.subjects) + _needs_sources(settings)
+    total = passes * len(run.keys) * len(settings.transforms())
+    with tqdm(total=total, desc="evaluate", unit="image") as bar:
+        yield bar.update
+
+
+def _ray_pool(
+    settings: EvaluationConfig,
+    num_slices: int,
+    spec: SubjectSpec,
+    networks: ExtractorConfig,
+    given: dict[str, Any],
+) -> WorkerPool:
+    import ray
+
+    from pipelines.launch import check_resources
+
+    num_workers = min(settings.num_workers, num_slices)
+    check_resources(
+        num_cpus=num_workers * settings.cpus_per_worker,
+        num_gpus=num_workers * settings.use_gpu,
+        remedy="lower num_workers or cpus_per_worker, or set use_gpu to False",
     )
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    results, pictures = evaluate_rows(
-        model.to(device), tqdm(rows, desc="evaluate", unit="row"), device, settings.num_pictures
+    actor = ray.remote(
+        num_cpus=settings.cpus_per_worker, num_gpus=1 if settings.use_gpu else 0, max_restarts=0
+    )(Evaluator)
+    return WorkerPool(
+        lambda: actor.remote(spec, networks, **given), num_workers, settings.timeout_s
     )
-    summary = summarize(results)
-    out = Path(settings.out)
-    out.mkdir(parents=True, exist_ok=True)
-    skipped = [entry for row in rows for entry in row.skipped]
-    document = {
-        "settings": asdict(settings),
-        "means": summary,
-        "images": [asdict(result) for result in results],
-        "skipped": skipped,
-    }
-    (out / "results.json").write_text(json.dumps(document, indent=1) + "\n")
-    if pictures:
-        Image.fromarray(contact_sheet(pictures)).save(out / "reconstructions.png")
-    return summary
 
 
-def reconstruct_image(
-    model: Autoencoder, file: Path, *, resolution: int | None = None, window: int | None = None
-) -> tuple[ImageResult, Pictured, float]:
-    """Reconstruct one image file at its own aspect ratio.
+def _measure_references(run: _Run, result: EvaluationResult, done: Callable[[int], object]) -> None:
+    """Find the statistics of the sources, which are those of a subject without a fault."""
+    settings = run.settings
+    given = {"inception": settings.inception_reference, "dino": settings.dino_reference}
+    networks = settings.networks
+    named = {"inception": networks.inception, "dino": networks.dino}
+    for network, location in given.items():
+        if location and not named[network]:
+            raise ValueError(f"{network}_reference needs the network; set networks.{network}")
+        for transform in settings.transforms() if location else ():
+            result.references[transform.name, network] = Gaussian.load(location)
+    if not _needs_sources(settings):
+        return
+    needed = replace(
+        networks,
+        inception="" if given["inception"] else networks.inception,
+        dino="" if given["dino"] else networks.dino,
+        lpips="",
+    )
+    with run.workers(SubjectSpec(location=SOURCE), needed) as pool:
+        for transform in settings.transforms():
+            _, moments = _collect(run, pool, transform, done)
+            for network, found in moments.items():
+                if found.count > 1:
+                    gaussian = found.gaussian(pool.digests[network])
+                    result.references[transform.name, network] = gaussian
 
-    Args:
-        resolution: a larger image is shrunk to the tokens of a square of so many pixels a side;
-            None keeps every size.
-        window: radius in patches of sliding-window attention; full attention if None.
 
-    Returns:
-        how well it came back, both pictures, and the seconds of encoding and decoding.
+def _needs_sources(settings: EvaluationConfig) -> bool:
+    """Whether statistics of the sources are compared with."""
+    networks = settings.networks
+    return bool(
+        (networks.inception and not settings.inception_reference)
+        or (networks.dino and not settings.dino_reference)
+    )
 
-    Raises:
-        UnreadableImage: the file is no image.
-    """
-    patch_size = model.config.patch_size
-    data = file.read_bytes()
-    try:
-        size = image_size(data)
-        if resolution is not None:
-            budget = num_tokens(resolution, resolution, patch_size)
-            size = fit_to_budget(*size, patch_size=patch_size, token_budget=budget)
-        pixels = decode_rgb(data, size=size)
-    except UnreadableImage as error:
-        raise UnreadableImage(f"{file}: {error}") from error
-    source = to_tensor(pixels)
-    start = time.perf_counter()
-    (image,) = model.decode(model.encode(source, window=window), window=window)
-    image = image.cpu()  # waits for the device
-    seconds = time.perf_counter() - start
-    result = judge(file.name, source, image, patch_size)
-    return result, Pictured(file.name, source, image), seconds
+
+def _evaluate_subject(
+    run: _Run, spec: SubjectSpec, result: EvaluationResult, done: Callable[[int], object]
+) -> SubjectFacts:
+    settings = run.settings
+    with run.workers(spec, settings.networks) as pool:
+        for transform in settings.transforms():
+            place = (spec.title, transform.name)
+            images, moments = _collect(run, pool, transform, done)
+            gaussians = {
+                network: found.gaussian(pool.digests[network])
+                for network, found in moments.items()
+                if found.count > 1
+            }
+            distances, warnings = _distances(result.references, transform.name, gaussians)
+            result.images[place] = images
+            result.scores.append(_score(place, images, distances, pool.facts, warnings))
+            result.pictures[place] = _pictures(run, pool, transform, images)
+        return pool.facts
+
+
+def _collect(
+    run: _Run, pool: WorkerPool | InProcess, transform: Transform, done: Callable[[int], object]
+) -> tuple[list[EvaluatedImage], dict[str, FeatureMoments]]:
+    """Evaluate all slices; returns images sorted by key, and the sums of their features."""
+    images: list[EvaluatedImage] = []
+    moments: dict[str, FeatureMoments] = {}
+    for part, found in pool.evaluate(run.slices, transform):
+        images += found.images
+        for network, features in found.features.items():
+            moments.setdefault(network, FeatureMoments(features.shape[1])).add(features)
+        done(len(part.keys))
+    return sorted(images, key=lambda image: image.key), moments
+
+
+def _distances(
+    references: dict[tuple[str, str], Gaussian], resolution: str, found: dict[str, Gaussian]
+) -> tuple[dict[str, float], tuple[str, ...]]:
+    distances: dict[str, float] = {}
+    warnings: list[str] = []
+    for network, gaussian in found.items():
+        reference = references.get((resolution, network))
+        if reference is None:
+            continue
+        distances[network] = frechet_distance(gaussian, reference)
+        count = min(gaussian.count, reference.count or gaussian.count)
+        if warning := few_samples(count, len(gaussian.mean)):
+            warnings.append(f"{network}: {warning}")
+        if not reference.extractor:
+            warnings.append(f"{network}: the reference does not say which weights it is of")
+    return distances, tuple(warnings)
+
+
+def _score(
+    place: tuple[str, str],
+    images: Sequence[EvaluatedImage],
+    distances: dict[str, float],
+    facts: SubjectFacts,
+    warnings: tuple[str, ...],
+) -> Scores:
+    good = [image for image in images if image.status == OK]
+
+    def values(name: str) -> list[float]:
+        return [value for image in good if (value := getattr(image, name)) is not None]
+
+    def mean(name: str) -> float | None:
+        # fsum rounds once: the order of the images does not matter.
+        found = values(name)
+        return math.fsum(found) / len(found) if found else None
+
+    def median(name: str) -> float | None:
+        found = values(name)
+        return statistics.median(found) if found else None
+
+    return Scores(
+        subject=place[0],
+        resolution=place[1],
+        num_images=len(good),
+        num_failed=len(images) - len(good),
+        psnr=mean("psnr"),
+        ssim=mean("ssim"),
+        baseline_psnr=mean("baseline_psnr"),
+        lpips=mean("lpips"),
+        rfid=distances.get("inception"),
+        rfdd=distances.get("dino"),
+        seconds=median("seconds"),
+        peak_mb=median("peak_mb"),
+        compression_ratio=facts.compression_ratio,
+        bits_per_pixel=facts.bits_per_pixel,
+        digest=facts.digest,
+        warnings=warnings,
+    )
+
+
+def _pictures(
+    run: _Run,
+    pool: WorkerPool | InProcess,
+    transform: Transform,
+    images: Sequence[EvaluatedImage],
+) -> dict[str, NDArray[np.uint8]]:
+    """Draw the images that came back worst and best, worst first."""
+    good = sorted(
+        (image for image in images if image.status == OK),
+        key=lambda image: (image.psnr, image.key),
+    )
+    num_worst = (run.settings.num_pictures + 1) // 2
+    num_best = min(run.settings.num_pictures, len(good)) - num_worst
+    chosen = good[:num_worst] + (good[-num_best:] if num_best > 0 else [])
+    if not chosen:
+        return {}
+    number_of = dict(zip(run.keys, run.sample_ids.tolist(), strict=True))
+    # Each alone: a pass of what is shown may not be larger than those before it.
+    found: dict[str, NDArray[np.uint8]] = {}
+    for image in chosen:
+        sample_ids = np.array([number_of[image.key]], np.int64)
+        found |= pool.call("pictures", sample_ids, transform)
+    return found

@@ -1,7 +1,9 @@
 """How well images are reconstructed: results, means and pictures, in training and after it."""
 
 import dataclasses
+import time
 from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
 from statistics import fmean
 
 import numpy as np
@@ -11,13 +13,15 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from pipelines.corpus import Manifest
+from pipelines.decode import UnreadableImage, decode_rgb, image_size
 from pipelines.ingest import PackedRow, empty_row
 from pipelines.mixture import Corpus
 from pipelines.whole_images import Transform, iterate_rows
-from vitok.autoencoder import Reconstruction
+from vitok.autoencoder import Autoencoder, Reconstruction
+from vitok.images import to_tensor
 from vitok.metrics import constant_patches, psnr, ssim
 from vitok.packed import PackedTokens, unpack_images
-from vitok.patches import num_tokens
+from vitok.patches import fit_to_budget, num_tokens
 
 _SHEET_WIDTH, _GAP = 1400, 12  # pixels
 _ERROR_GAIN = 4.0  # error maps show |x - y| this many times brighter
@@ -115,6 +119,41 @@ def judge(key: str, source: Tensor, image: Tensor, patch_size: int) -> ImageResu
     )
 
 
+def reconstruct_image(
+    model: Autoencoder, file: Path, *, resolution: int | None = None, window: int | None = None
+) -> tuple[ImageResult, Pictured, float]:
+    """Reconstruct one image file at its own aspect ratio.
+
+    Args:
+        resolution: a larger image is shrunk to the tokens of a square of so many pixels a side;
+            None keeps every size.
+        window: radius in patches of sliding-window attention; full attention if None.
+
+    Returns:
+        how well it came back, both pictures, and the seconds of encoding and decoding.
+
+    Raises:
+        UnreadableImage: the file is no image.
+    """
+    patch_size = model.config.patch_size
+    data = file.read_bytes()
+    try:
+        size = image_size(data)
+        if resolution is not None:
+            budget = num_tokens(resolution, resolution, patch_size)
+            size = fit_to_budget(*size, patch_size=patch_size, token_budget=budget)
+        pixels = decode_rgb(data, size=size)
+    except UnreadableImage as error:
+        raise UnreadableImage(f"{file}: {error}") from error
+    source = to_tensor(pixels)
+    start = time.perf_counter()
+    (image,) = model.decode(model.encode(source, window=window), window=window)
+    image = image.cpu()  # waits for the device
+    seconds = time.perf_counter() - start
+    result = judge(file.name, source, image, patch_size)
+    return result, Pictured(file.name, source, image), seconds
+
+
 def evaluate_on_all_ranks(
     reconstruct: Reconstruct, rows: Sequence[PackedRow], device: torch.device, num_pictures: int
 ) -> tuple[list[ImageResult], list[Pictured]]:
@@ -168,12 +207,11 @@ def comparison(source: Tensor, reconstruction: Tensor) -> NDArray[np.uint8]:
 def contact_sheet(pictures: Sequence[Pictured]) -> NDArray[np.uint8]:
     """Arrange the comparisons of several images on one white sheet [H, W, 3], tallest first."""
     strips = [comparison(picture.source, picture.reconstruction) for picture in pictures]
-    strips.sort(key=lambda strip: -strip.shape[0])
-    return sheet_of(strips)
+    return sheet_of(sorted(strips, key=lambda strip: -strip.shape[0]))
 
 
 def sheet_of(strips: Sequence[NDArray[np.uint8]]) -> NDArray[np.uint8]:
-    """Arrange pictures [h, w, 3] on one white sheet [H, W, 3], shelf after shelf, in order."""
+    """Arrange pictures [H, W, 3] in the order given, shelf by shelf, on one white sheet."""
     width = max(_SHEET_WIDTH, *(strip.shape[1] + 2 * _GAP for strip in strips))
     places: list[tuple[int, int]] = []
     top, left, shelf_height = _GAP, _GAP, 0

@@ -260,6 +260,26 @@ def open_run(
         tracker.close()
 
 
+def run_around(location: Folder) -> Folder | None:
+    """Return the folder of the recorded run that something is of: its own, or the one around it.
+
+    A run's export and its checkpoints lie in its folder.
+    """
+    around = Folder(location.uri.rpartition("/")[0])
+    return next((folder for folder in (location, around) if folder.exists(_RUN_FILE)), None)
+
+
+def run_tracker(folder: Folder) -> Tracker:
+    """Return the tracker of a run that `open_run` made, to add to it; its status stays.
+
+    Raises:
+        FileNotFoundError: the folder holds no recorded run.
+    """
+    note = json.loads(folder.read_bytes(_RUN_FILE))
+    spool = folder.child(_SPOOL_FOLDER).uri if folder.is_local else ""
+    return Tracker(note["uri"], note["run_id"], spool)
+
+
 def _start_run(uri: str, name: str, experiment: str, storage: str, settings: Any) -> str:
     from mlflow.entities import Param
     from mlflow.exceptions import MlflowException

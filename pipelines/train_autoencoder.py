@@ -155,13 +155,13 @@ def prepare(settings: AutoencoderTraining) -> AutoencoderTraining:
         ),
         loss=replace(
             loss,
-            dino_weights=_absolute_if_local(loss.dino_weights),
-            lpips_weights=_absolute_if_local(loss.lpips_weights),
+            dino_weights=absolute_if_local(loss.dino_weights),
+            lpips_weights=absolute_if_local(loss.lpips_weights),
         ),
         run=replace(run, storage=_absolute(run.storage)),
         start=settings.start
         if settings.start in _FRESH_STARTS
-        else _absolute_if_local(settings.start),
+        else absolute_if_local(settings.start),
     )
     plan_of(settings)
     if data.eval_manifest:
@@ -205,7 +205,7 @@ def _absolute(location: str) -> str:
     return Folder.of(location).uri if location else ""
 
 
-def _absolute_if_local(location: str) -> str:
+def absolute_if_local(location: str) -> str:
     """Leave what is no path here alone: it may be a repository id."""
     return _absolute(location) if Path(location).exists() else location
 

@@ -38,6 +38,12 @@ class Transform:
                 f"square={self.square}: give one of them, at least 1"
             )
 
+    @property
+    def name(self) -> str:
+        """What results call it."""
+        [(name, size)] = [(name, size) for name, size in vars(self).items() if size]
+        return f"{name.replace('_', ' ')} {size}"
+
     def require_patch(self, patch_size: int) -> None:
         """Check that patches fill what is asked for.
 

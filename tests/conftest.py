@@ -3,6 +3,8 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
+from torch import nn
 
 from jobs.sample_corpus import make_sample_corpus
 from pipelines.plan import DataConfig, Stage
@@ -42,6 +44,27 @@ def tiny_weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
     start_at_random(model, seed=0)
     save_pretrained(folder, config, model.state_dict())
     return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_dino() -> nn.Module:
+    """Build a random network of DINOv3's architecture, with patches of 16 as in S/16."""
+    from transformers import DINOv3ViTConfig, DINOv3ViTModel
+
+    config = DINOv3ViTConfig(
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=64,
+        num_register_tokens=2,
+        patch_size=16,
+    )
+    torch.manual_seed(0)
+    network = DINOv3ViTModel(config)
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    return network.eval()
 
 
 @pytest.fixture

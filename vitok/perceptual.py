@@ -25,6 +25,53 @@ _IMAGENET_STD = (0.229, 0.224, 0.225)
 _NORM_EPS = 1e-6
 
 
+def load_dino(weights: str, option: str) -> nn.Module:
+    """Load DINOv3 from a folder or a Hugging Face repository that is already on this machine.
+
+    Args:
+        option: what the user sets, for the messages.
+
+    Raises:
+        FileNotFoundError: the weights are not there.
+        ValueError: they are of another network, or not whole.
+    """
+    from transformers import DINOv3ViTModel
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()  # the screen belongs to the caller
+    try:
+        loaded: Any = DINOv3ViTModel.from_pretrained(
+            weights,
+            local_files_only=not Path(weights).is_dir(),
+            ignore_mismatched_sizes=True,  # or it raises before the report
+            output_loading_info=True,
+        )
+    except OSError as error:
+        raise FileNotFoundError(
+            f"no DINOv3 weights at {weights!r}; request access to {DINO_REPOSITORY} on Hugging "
+            f"Face, download it with `hf download {DINO_REPOSITORY} --local-dir FOLDER`, and "
+            f"set {option} to FOLDER"
+        ) from error
+    network, report = loaded
+    # transformers draws at random what it does not find.
+    wrong = [
+        f"{name} {complaint}"
+        for complaint, names in (
+            ("missing", report["missing_keys"]),
+            ("of another shape", (name for name, *_ in report["mismatched_keys"])),
+            ("not expected", report["unexpected_keys"]),
+        )
+        for name in sorted(names)
+    ]
+    if wrong:
+        more = f" and {len(wrong) - 5} more" if len(wrong) > 5 else ""
+        raise ValueError(
+            f"{weights} does not hold a whole DINOv3: {'; '.join(wrong[:5])}{more}; download "
+            f"{DINO_REPOSITORY} again"
+        )
+    return network.eval().requires_grad_(False)
+
+
 class DinoTileLoss(nn.Module):
     """Distance of DINOv3 features (arXiv 2605.05331).
 
@@ -53,39 +100,7 @@ class DinoTileLoss(nn.Module):
             FileNotFoundError: the weights are not there.
             ValueError: they are of another network, or not whole.
         """
-        from transformers import DINOv3ViTModel
-
-        try:
-            loaded: Any = DINOv3ViTModel.from_pretrained(
-                weights,
-                local_files_only=not Path(weights).is_dir(),
-                ignore_mismatched_sizes=True,  # or it raises before the report
-                output_loading_info=True,
-            )
-        except OSError as error:
-            raise FileNotFoundError(
-                f"no DINOv3 weights at {weights!r}; request access to {DINO_REPOSITORY} on Hugging "
-                f"Face, download it with `hf download {DINO_REPOSITORY} --local-dir FOLDER`, and "
-                "set loss.dino_weights to FOLDER"
-            ) from error
-        network, report = loaded
-        # transformers draws at random what it does not find.
-        wrong = [
-            f"{name} {complaint}"
-            for complaint, names in (
-                ("missing", report["missing_keys"]),
-                ("of another shape", (name for name, *_ in report["mismatched_keys"])),
-                ("not expected", report["unexpected_keys"]),
-            )
-            for name in sorted(names)
-        ]
-        if wrong:
-            more = f" and {len(wrong) - 5} more" if len(wrong) > 5 else ""
-            raise ValueError(
-                f"{weights} does not hold a whole DINOv3: {'; '.join(wrong[:5])}{more}; download "
-                f"{DINO_REPOSITORY} again"
-            )
-        return cls(network)
+        return cls(load_dino(weights, option="loss.dino_weights"))
 
     def forward(self, output: PackedTokens, target: PackedTokens, tile_position: Tensor) -> Tensor:
         with torch.no_grad():
@@ -100,14 +115,51 @@ class DinoTileLoss(nn.Module):
         return _sum_over_images(distance_S, target)
 
     def _features(self, tiles: Tensor) -> list[Tensor]:
-        # Channel by channel with plain numbers: buffers would be rounded by `.to(bfloat16)`.
-        channels = zip(((tiles + 1) / 2).unbind(1), _IMAGENET_MEAN, _IMAGENET_STD, strict=True)
-        pixels = torch.stack([(channel - mean) / std for channel, mean, std in channels], dim=1)
+        pixels = imagenet_normalized((tiles + 1) / 2)
         states = self.network(pixels, output_hidden_states=True).hidden_states
         # The first is the input of the first block.
         return [
             nn.functional.normalize(state.float(), dim=-1, eps=_NORM_EPS) for state in states[1:]
         ]
+
+
+def imagenet_normalized(pixels: Tensor) -> Tensor:
+    """Shift and scale the channels of pixels [N, 3, H, W] in [0, 1] as ImageNet networks expect."""
+    # Channel by channel with plain numbers: buffers would be rounded by `.to(bfloat16)`.
+    channels = zip(pixels.unbind(1), _IMAGENET_MEAN, _IMAGENET_STD, strict=True)
+    return torch.stack([(channel - mean) / std for channel, mean, std in channels], dim=1)
+
+
+def load_lpips(weights: str, option: str, without: str) -> nn.Module:
+    """Build LPIPS of the package's linear layers and a file of VGG16; downloads nothing.
+
+    Args:
+        weights: torchvision's VGG16 state dict (features.0.weight, ...) as a safetensors file.
+        option: what the user sets, for the messages.
+        without: what the user does to go without LPIPS, for the messages.
+
+    Raises:
+        ImportError: the package, or a torchvision that fits this torch, is not installed.
+        FileNotFoundError: there is no such file.
+        ValueError: the file is no safetensors, or holds another network.
+    """
+    try:
+        import lpips
+    except (ImportError, RuntimeError) as error:  # the latter from an unfitting torchvision
+        raise ImportError(
+            "LPIPS needs the package lpips and a torchvision that fits this torch; install them "
+            f"with `pip install lpips`, or {without}"
+        ) from error
+    if not Path(weights).is_file():
+        raise FileNotFoundError(
+            f"no VGG16 weights at {weights!r}; download them with `hf download "
+            f"{VGG_REPOSITORY} model.safetensors --local-dir FOLDER`, and set "
+            f"{option} to FOLDER/model.safetensors"
+        )
+    # Without pnet_rand the package downloads VGG16 as it is built.
+    network = lpips.LPIPS(net="vgg", pnet_rand=True, verbose=False)
+    network.net.load_state_dict(_read_vgg(weights, list(network.net.state_dict())))
+    return network.eval().requires_grad_(False)
 
 
 class LpipsTileLoss(nn.Module):
@@ -131,33 +183,8 @@ class LpipsTileLoss(nn.Module):
 
     @classmethod
     def from_pretrained(cls, weights: str) -> Self:
-        """Build LPIPS of the package's linear layers and a file of VGG16; downloads nothing.
-
-        Args:
-            weights: torchvision's VGG16 state dict (features.0.weight, ...) as a safetensors file.
-
-        Raises:
-            ImportError: the package, or a torchvision that fits this torch, is not installed.
-            FileNotFoundError: there is no such file.
-            ValueError: the file is no safetensors, or holds another network.
-        """
-        try:
-            import lpips
-        except (ImportError, RuntimeError) as error:  # the latter from an unfitting torchvision
-            raise ImportError(
-                "the LPIPS term needs the package lpips and a torchvision that fits this torch; "
-                "install them with `pip install lpips`, or set loss.lpips to 0"
-            ) from error
-        if not Path(weights).is_file():
-            raise FileNotFoundError(
-                f"no VGG16 weights at {weights!r}; download them with `hf download "
-                f"{VGG_REPOSITORY} model.safetensors --local-dir FOLDER`, and set "
-                "loss.lpips_weights to FOLDER/model.safetensors"
-            )
-        # Without pnet_rand the package downloads VGG16 as it is built.
-        network = lpips.LPIPS(net="vgg", pnet_rand=True, verbose=False)
-        network.net.load_state_dict(_read_vgg(weights, list(network.net.state_dict())))
-        return cls(network)
+        """Build LPIPS, as load_lpips does."""
+        return cls(load_lpips(weights, option="loss.lpips_weights", without="set loss.lpips to 0"))
 
     def forward(self, output: PackedTokens, target: PackedTokens, tile_position: Tensor) -> Tensor:
         with torch.no_grad():

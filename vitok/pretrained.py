@@ -16,7 +16,7 @@ import pyarrow.fs
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from vitok.autoencoder import Autoencoder, part_of
 from vitok.checkpoint import CHECKPOINT_METADATA, is_checkpoint, load_weights, weight_shapes
@@ -159,6 +159,15 @@ def encoder_digest(model: Autoencoder) -> str:
         if part_of(name) == "encoder":
             digest.update(f"{name}{tuple(parameter.shape)}".encode())
             digest.update(parameter.detach().float().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def weights_digest(network: nn.Module) -> str:
+    """Return the sha256 (hex) of a network's parameters by name, as float32."""
+    digest = hashlib.sha256()
+    for name, parameter in sorted(network.named_parameters()):
+        digest.update(f"{name}{tuple(parameter.shape)}".encode())
+        digest.update(parameter.detach().float().cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()
 
 

@@ -16,6 +16,7 @@ from cluster import local
 from jobs.bench import BENCHMARKS
 from jobs.cli import COMMANDS, main
 from jobs.corpus import CORPUS_COMMANDS
+from jobs.evaluations import EVALUATIONS
 from jobs.latents import LATENT_COMMANDS
 from jobs.recipes import TRAINING
 from pipelines.corpus import Manifest
@@ -79,7 +80,7 @@ def test_unknown_command_and_recipe_name_the_nearest(vitok) -> None:
         (["train", "quickstart", "--optim.lr", "-1"], ["lr=-1.0", "must be positive"]),
         (["train", "quickstart", "--freeze", "magic"], ["--freeze", "none", "encoder"]),
         (["export", "run", "folder", "--averaged"], ["--averaged", "--average"]),
-        (["evaluate", "--model", "m"], ["--manifest"]),
+        (["evaluate", "quickstart", "--subject", "m"], ["--subject", "--subjects"]),
         (["encode", "quickstart", "--modle", "m"], ["--modle", "--model"]),
         (["quickstart", "--frehs"], ["--frehs", "--fresh"]),
         (["corpus", "build", "a", "b", "--shard-mbs", "1"], ["--shard-mbs", "--shard-mb"]),
@@ -95,11 +96,13 @@ def test_wrong_field_is_named(vitok, arguments: list[str], named: list[str]) -> 
         assert name in outcome.err
 
 
+EVALUATE = ["evaluate", "quickstart", "--subjects"]
 HELPS = [
-    *([name] for name in ("quickstart", "evaluate", "reconstruct", "models", "ui")),
+    *([name] for name in ("quickstart", "reconstruct", "models", "ui")),
     ["export"],
     # The other recipes have the same fields.
     *(["train", name] for name in ("quickstart", "finetune-350m-f16x64-decoder")),
+    *(["evaluate", name] for name in EVALUATIONS),
     *(["corpus", name] for name in CORPUS_COMMANDS),
     ["encode", "quickstart"],
     *(["latents", name] for name in LATENT_COMMANDS),
@@ -175,7 +178,7 @@ def test_manifest_without_samples_is_refused(vitok, tiny_weights: Path, tmp_path
     pq.write_table(schema.empty_table(), tmp_path / "manifest" / "shards.parquet")
     for command in (
         ["train", "quickstart", "--data.manifest", tmp_path / "manifest"],
-        ["evaluate", "--model", tiny_weights, "--manifest", tmp_path / "manifest"],
+        [*EVALUATE, tiny_weights, "--data", tmp_path / "manifest"],
     ):
         assert "this manifest holds no samples; index other shards" in complaint(vitok(*command))
 
@@ -379,7 +382,7 @@ def test_folder_that_is_no_model_is_named(
     photo.write_bytes(jpeg(40, 50))
     for folder, expected in broken_models(tmp_path, tiny_weights).items():
         for command in (
-            ["evaluate", "--manifest", sample_manifests[1], "--model", folder],
+            [*EVALUATE, folder, "--data", sample_manifests[1], "--out", tmp_path / "out"],
             ["reconstruct", photo, "--model", folder],
         ):
             sentence = complaint(vitok(*command))
@@ -468,16 +471,17 @@ def test_pictures_of_equal_file_names_do_not_overwrite_each_other(
 def test_evaluate_prints_a_table_or_json(
     vitok, sample_manifests: tuple[Path, Path], tiny_weights: Path, tmp_path: Path
 ) -> None:
-    command = ["evaluate", "--model", tiny_weights, "--manifest", sample_manifests[1]]
+    command = [*EVALUATE, tiny_weights, "--data", sample_manifests[1]]
     command += ["--out", tmp_path / "evaluation", "--token-budget", 36]
     shown = vitok(*command)
     assert shown.status == 0
     assert f"results: {tmp_path}/evaluation" in shown.out
-    summary = json.loads(vitok(*command, "--json").out.splitlines()[-1])
-    assert summary["eval_images"] == 5
-    assert f"{summary['eval_psnr']:.4g}" in shown.out
-    means = json.loads((tmp_path / "evaluation/results.json").read_text())["means"]
-    assert means == pytest.approx(summary)
+    (score,) = json.loads(vitok(*command, "--json").out.splitlines()[-1])
+    assert score["num_images"] == 5
+    assert f"| {tiny_weights} | token budget 36 | 5 | " in shown.out
+    assert f" {score['psnr']:.2f} |" in shown.out
+    written = json.loads((tmp_path / "evaluation/results.json").read_text())["scores"]
+    assert [x["psnr"] for x in written] == [score["psnr"]]
 
 
 @pytest.fixture

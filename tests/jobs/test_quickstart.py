@@ -90,12 +90,13 @@ def test_quickstart_shows_the_whole_system_continues_and_starts_over(
 def _check_summary(out: str, storage: Path) -> None:
     assert [f"[{number}/5]" in out for number in range(1, 6)] == [True] * 5
     table = dict(re.findall(r"^  (\S.*?)  +(\S.*)$", out.partition("Done in")[2], re.MULTILINE))
-    scores = json.loads((storage / "quickstart/evaluation/results.json").read_text())["means"]
-    assert table["PSNR of the reconstructions"] == f"{scores['eval_psnr']:.2f} dB"
+    document = json.loads((storage / "quickstart/evaluation/results.json").read_text())
+    (scores,) = document["scores"]
+    assert table["PSNR of the reconstructions"] == f"{scores['psnr']:.2f} dB"
     baseline = table["PSNR of one colour for each 16 x 16 patch"]
-    assert baseline == f"{scores['eval_baseline_psnr']:.2f} dB"
-    assert table["SSIM"] == f"{scores['eval_ssim']:.3f}"
-    assert scores["eval_images"] == 4
+    assert baseline == f"{scores['baseline_psnr']:.2f} dB"
+    assert table["SSIM"] == f"{scores['ssim']:.3f}"
+    assert scores["num_images"] == 4
     assert float(table["training speed, at the end"].removesuffix(" tokens/s").replace(",", "")) > 0
     assert 0 < float(table["token utilisation, at the end"]) <= 1
     for name in ("picture", "weights", "latents", "corpus"):

@@ -1,16 +1,24 @@
-import json
+import math
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+import simplejpeg
 import torch
-from PIL import Image
+from torch import Tensor
 
+from pipelines import evaluation_worker
 from pipelines.corpus import Manifest, build_manifest, read_samples, write_shards
-from pipelines.decode import UnreadableImage, decode_rgb
-from pipelines.evaluate import EvaluationConfig, evaluate_model, reconstruct_image
-from pipelines.reconstruction import Pictured, comparison, contact_sheet, evaluation_rows
+from pipelines.decode import decode_rgb
+from pipelines.evaluate import EvaluationResult, evaluate
+from pipelines.evaluation_config import EvaluationConfig
+from pipelines.evaluation_worker import OK, ExtractorConfig
+from pipelines.subjects import Subject, SubjectFacts
 from pipelines.train_autoencoder import load_autoencoder
+from tests.vitok.random_inception import write_inception
+from vitok.features import InceptionFeatures
+from vitok.frechet import FeatureMoments, Gaussian, frechet_distance
 from vitok.metrics import constant_patches, psnr, ssim
 from vitok.packed import pack_images, unpack_images
 from vitok.patches import fit_to_budget
@@ -18,220 +26,260 @@ from vitok.patches import fit_to_budget
 BUDGET = 48
 
 
+@pytest.fixture(autouse=True)
+def one_thread() -> None:
+    """Sums in a process have the order of its threads, and a Ray worker of one core has one."""
+    torch.set_num_threads(1)
+
+
+@pytest.fixture
+def inception(tmp_path: Path) -> ExtractorConfig:
+    file, digest = write_inception(tmp_path / "inception.pt")
+    return ExtractorConfig(inception=str(file), inception_digest=digest)
+
+
 @pytest.fixture
 def settings(
     sample_manifests: tuple[Path, Path], tiny_weights: Path, tmp_path: Path
 ) -> EvaluationConfig:
     return EvaluationConfig(
-        model=str(tiny_weights),
-        manifest=str(sample_manifests[0]),
+        subjects=(f"{tiny_weights},dtype=float32,name=tiny",),
+        data=str(sample_manifests[0]),
         out=str(tmp_path / "evaluation"),
-        token_budget=BUDGET,
+        token_budget=(BUDGET,),
         row_tokens=3 * BUDGET,
+        slice_images=5,
         max_images=11,
-        num_pictures=4,
+        num_pictures=3,
+        num_workers=0,
+        use_gpu=False,
     )
 
 
-def decoded(data: bytes, token_budget: int) -> torch.Tensor:
+def decoded(data: bytes) -> Tensor:
     """Return a whole image [3, H, W] in [-1, 1] as the size rule wants it."""
     height, width = decode_rgb(data).shape[:2]
-    size = fit_to_budget(height, width, patch_size=16, token_budget=token_budget)
+    size = fit_to_budget(height, width, patch_size=16, token_budget=BUDGET)
     return torch.from_numpy(decode_rgb(data, size=size)).permute(2, 0, 1) / 127.5 - 1
 
 
-def test_results_equal_those_of_each_image_alone(settings: EvaluationConfig) -> None:
-    summary = evaluate_model(settings)
-    document = json.loads((Path(settings.out) / "results.json").read_text())
-    source = Manifest.load(settings.manifest)
-    records = source.records(np.arange(settings.max_images))
-    by_key = {image["key"]: image for image in document["images"]}
-    assert sorted(by_key) == sorted(records.key.tolist())
-    assert len(document["images"]) == 11, "every image once"
-
-    model = load_autoencoder(settings.model)
-    expected_psnr = []
-    for key, data in zip(records.key, read_samples(source, records), strict=True):
-        image = decoded(data, BUDGET)
-        with torch.no_grad():
-            (output,) = unpack_images(model(pack_images([image], patch_size=16)).pixels, 16)
-        found = by_key[key]
-        assert (found["height"], found["width"]) == image.shape[1:]
-        assert found["num_tokens"] == -(-image.shape[1] // 16) * -(-image.shape[2] // 16)
-        assert found["psnr"] == pytest.approx(psnr(output, image), abs=1e-3)
-        assert found["ssim"] == pytest.approx(ssim(output, image), abs=1e-4)
-        baseline = psnr(constant_patches(image, 16), image)
-        assert found["baseline_psnr"] == pytest.approx(baseline, abs=1e-3)
-        expected_psnr.append(found["psnr"])
-    assert len(set(expected_psnr)) == 11
-    assert summary["eval_psnr"] == pytest.approx(sum(expected_psnr) / 11)
-    assert summary["eval_images"] == 11
-    assert document["means"] == summary
-    assert document["settings"]["token_budget"] == BUDGET
-    assert document["skipped"] == []
+def sources(settings: EvaluationConfig, keys: list[str]) -> list[Tensor]:
+    """Read the images of keys, in their order."""
+    manifest = Manifest.load(settings.data)
+    records = manifest.records(np.arange(manifest.num_samples))
+    chosen = records.take([records.key.tolist().index(key) for key in keys])
+    return [decoded(data) for data in read_samples(manifest, chosen)]
 
 
-def test_picture_shows_the_first_images(settings: EvaluationConfig) -> None:
-    evaluate_model(settings)
-    with Image.open(Path(settings.out) / "reconstructions.png") as picture:
-        sheet = np.asarray(picture.convert("RGB"))
-    source = Manifest.load(settings.manifest)
-    rows = evaluation_rows(
-        source, patch_size=16, token_budget=BUDGET, row_tokens=3 * BUDGET, max_images=11
-    )
-    keys = [key for row in rows for key in row.keys][:4]
-    records = source.records(np.arange(11)).take(
-        [source.records(np.arange(11)).key.tolist().index(key) for key in keys]
-    )
-    for data in read_samples(source, records):
-        image = ((decoded(data, BUDGET) + 1) / 2 * 255).round().byte().permute(1, 2, 0).numpy()
-        assert _contains(sheet, image)
-
-
-def _contains(sheet: np.ndarray, image: np.ndarray) -> bool:
-    height, width = image.shape[:2]
-    corners = np.argwhere((sheet == image[0, 0]).all(axis=-1))
-    return any(
-        np.array_equal(sheet[top : top + height, left : left + width], image)
-        for top, left in corners
-    )
-
-
-def test_whole_images_keep_their_aspect_ratio_within_the_budget(
-    sample_manifests: tuple[Path, Path],
+def test_results_equal_those_of_each_image_alone(
+    settings: EvaluationConfig, tiny_weights: Path, inception: ExtractorConfig
 ) -> None:
-    source = Manifest.load(sample_manifests[0])
-    records = source.records(np.arange(source.num_samples))
-    native = {
-        key: (int(height), int(width))
-        for key, height, width in zip(records.key, records.height, records.width, strict=True)
+    result = evaluate(replace(settings, networks=inception))
+    images = result.images["tiny", f"token budget {BUDGET}"]
+    keys = [image.key for image in images]
+    assert keys == sorted(set(keys)) == result.keys
+    assert len(keys) == 11, "every image once"
+
+    model = load_autoencoder(str(tiny_weights))
+    outputs = []
+    originals = sources(settings, keys)
+    for found, source in zip(images, originals, strict=True):
+        with torch.no_grad():
+            (output,) = unpack_images(model(pack_images([source], patch_size=16)).pixels, 16)
+        outputs.append(output)
+        assert (found.height, found.width) == source.shape[1:]
+        assert found.num_tokens == -(-source.shape[1] // 16) * -(-source.shape[2] // 16) <= BUDGET
+        assert found.psnr == pytest.approx(psnr(output, source), abs=1e-3)
+        assert found.ssim == pytest.approx(ssim(output, source), abs=1e-4)
+        baseline = psnr(constant_patches(source, 16), source)
+        assert found.baseline_psnr == pytest.approx(baseline, abs=1e-3)
+        assert found.seconds > 0
+        assert found.status == OK
+    assert len({image.psnr for image in images}) == 11
+
+    (score,) = result.scores
+    assert score.psnr == pytest.approx(math.fsum(x.psnr for x in images) / 11, rel=1e-12)
+    assert (score.num_images, score.num_failed) == (11, 0)
+    assert score.compression_ratio == 3 * 16**2 / 16
+    assert score.bits_per_pixel == 16 * 16 / 16**2
+
+    network = InceptionFeatures.load(inception.inception, inception.inception_digest)
+    original, reconstructed = (
+        FeatureMoments.of([network(batch)]).gaussian() for batch in (originals, outputs)
+    )
+    assert score.rfid == pytest.approx(frechet_distance(original, reconstructed), rel=1e-3)
+    assert score.rfid > 0.01
+    assert score.rfdd is None
+    assert any("11 images for 12 features" in warning for warning in score.warnings)
+
+
+def test_worst_images_come_first_and_best_last_in_the_pictures(settings: EvaluationConfig) -> None:
+    result = evaluate(settings)
+    (images,) = result.images.values()
+    (pictures,) = result.pictures.values()
+    by_psnr = [image.key for image in sorted(images, key=lambda image: image.psnr)]
+    assert list(pictures) == [*by_psnr[:2], by_psnr[-1]]
+    for key, source in zip(pictures, sources(settings, list(pictures)), strict=True):
+        height, width = source.shape[1:]
+        assert pictures[key].shape == (height, 3 * width + 8, 3)
+        shown = ((source + 1) / 2 * 255).round().byte().permute(1, 2, 0).numpy()
+        assert np.array_equal(pictures[key][:, :width], shown)
+
+
+def measured(result: EvaluationResult) -> tuple[list, list]:
+    """Return what two evaluations must have in common: all but the time and memory they took."""
+    scores = [replace(score, seconds=None, peak_mb=None) for score in result.scores]
+    rows = [
+        replace(image, seconds=None, peak_mb=None)
+        for images in result.images.values()
+        for image in images
+    ]
+    return scores, rows
+
+
+def test_metrics_are_identical_on_1_2_and_4_workers_and_for_shuffled_input(
+    ray_cluster: None, settings: EvaluationConfig, inception: ExtractorConfig, tmp_path: Path
+) -> None:
+    settings = replace(settings, networks=inception)
+    expected = measured(evaluate(settings))
+    assert expected[0][0].rfid > 0
+    assert len(expected[1]) == 11
+    for num_workers in (1, 2, 4):
+        on_ray = replace(settings, num_workers=num_workers, cpus_per_worker=1.0)
+        assert measured(evaluate(on_ray)) == expected, num_workers
+
+    manifest = Manifest.load(settings.data)
+    order = np.random.default_rng(0).permutation(manifest.num_samples)
+    records = manifest.records(order)
+    samples = [
+        {"__key__": key, "jpg": data}
+        for key, data in zip(records.key, read_samples(manifest, records), strict=True)
+    ]
+    shards = write_shards(samples, tmp_path / "shards", "shuffled", 7)
+    shuffled = build_manifest(shards, tmp_path / "manifest")
+    assert (
+        shuffled.records(np.arange(5)).key.tolist() != manifest.records(np.arange(5)).key.tolist()
+    )
+    assert measured(evaluate(replace(settings, data=str(shuffled.path)))) == expected
+
+
+def failing_subject(spec: object, device: torch.device) -> Subject:
+    """Reconstruct without a fault, but for wide images, and with nothing but NaN for tall ones."""
+
+    def reconstruct(images: list[Tensor]) -> list[Tensor]:
+        if any(image.shape[2] > image.shape[1] for image in images):
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.")
+        if any(image.shape[1] > 2 * image.shape[2] for image in images):
+            raise TypeError("an image of this shape\nis new to me")
+        return [torch.full_like(x, torch.nan) if len(x[0]) > x.shape[2] else x for x in images]
+
+    return Subject(SubjectFacts(), reconstruct)
+
+
+def test_a_subject_that_fails_on_an_image_fails_on_no_other(
+    settings: EvaluationConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shapes = {"wide": (40, 60), "tall": (60, 40), "thin": (90, 40), "a": (32, 32), "b": (48, 48)}
+    rng = np.random.default_rng(0)
+    samples = [
+        {
+            "__key__": key,
+            "jpg": simplejpeg.encode_jpeg(rng.integers(0, 255, (*size, 3), dtype=np.uint8)),
+        }
+        for key, size in shapes.items()
+    ]
+    samples.append({"__key__": "cut", "jpg": samples[0]["jpg"][: len(samples[0]["jpg"]) // 2]})
+    manifest = build_manifest(write_shards(samples, tmp_path / "s", "s", 9), tmp_path / "manifest")
+    monkeypatch.setattr(evaluation_worker, "load_subject", failing_subject)
+    result = evaluate(replace(settings, data=str(manifest.path)))
+    (images,) = result.images.values()
+    assert {image.key: image.status.split(":")[0] for image in images} == {
+        "a": "ok",
+        "b": "ok",
+        "cut": "unreadable",
+        "tall": "failed",
+        "thin": "failed",
+        "wide": "out of memory",
     }
-    for budget in (30, 400):
-        rows = evaluation_rows(source, patch_size=16, token_budget=budget, row_tokens=budget * 2)
-        assert sorted(key for row in rows for key in row.keys) == sorted(native)
-        shrunk = 0
-        for row in rows:
-            for key, size in zip(row.keys, row.image_size.tolist(), strict=False):
-                height, width = native[key]
-                assert -(-size[0] // 16) * -(-size[1] // 16) <= budget
-                assert abs(size[0] - height * size[1] / width) <= 1 + height / width
-                if size != [height, width]:
-                    shrunk += 1
-                    assert size[0] <= height
-                    assert size[1] <= width
-                    assert -(-height // 16) * -(-width // 16) > budget, "only what is too large"
-        assert shrunk == len(native) if budget == 30 else 0 < shrunk < len(native)
+    status = {image.key: image.status for image in images}
+    assert status["tall"].endswith("the reconstruction holds values that are not finite")
+    assert status["thin"] == "failed: TypeError: an image of this shape"
+    assert (result.scores[0].num_images, result.scores[0].num_failed) == (2, 4)
+    assert result.scores[0].psnr == pytest.approx(100), "of those that came back"
 
 
-def test_unreadable_images_are_listed_and_the_others_judged(
+def test_a_subject_that_cannot_be_loaded_is_named_and_the_others_evaluated(
     settings: EvaluationConfig, tmp_path: Path
 ) -> None:
-    source = Manifest.load(settings.manifest)
-    images = read_samples(source, source.records(np.arange(5)))
-    samples = [
-        {"__key__": f"k{i}", "jpg": data[: len(data) // 2] if i == 2 else data}
-        for i, data in enumerate(images)
+    nowhere = str(tmp_path / "nowhere")
+    result = evaluate(replace(settings, subjects=(nowhere, "jpeg,bits_per_pixel=2")))
+    assert [score.subject for score in result.scores] == ["jpeg"]
+    assert result.failed[nowhere].startswith(f"{nowhere} holds no encoder.safetensors; give the")
+    with pytest.raises(ValueError, match="holds no encoder"):
+        evaluate(replace(settings, subjects=(nowhere,)))
+
+
+def test_codecs_take_the_bits_of_the_first_model(settings: EvaluationConfig) -> None:
+    result = evaluate(replace(settings, subjects=("webp", *settings.subjects)))
+    assert [(score.subject, score.bits_per_pixel) for score in result.scores] == [
+        ("tiny", 1.0),
+        ("webp", 1.0),
     ]
-    shards = write_shards(samples, tmp_path / "shards", "damaged", 5)
-    manifest = build_manifest(shards, tmp_path / "manifest")
-    damaged = EvaluationConfig(
-        model=settings.model, manifest=str(manifest.path), out=settings.out, token_budget=BUDGET
-    )
-    assert evaluate_model(damaged)["eval_images"] == 4
-    document = json.loads((Path(settings.out) / "results.json").read_text())
-    ((shard, key, reason),) = document["skipped"]
-    assert (shard, key) == (shards[0], "k2")
-    assert "truncated" in reason
-    assert sorted(image["key"] for image in document["images"]) == ["k0", "k1", "k3", "k4"]
-
-    alone = write_shards([samples[2]], tmp_path / "alone", "damaged", 1)
-    nothing = build_manifest(alone, tmp_path / "nothing")
-    with pytest.raises(ValueError, match="no held-out image is readable"):
-        evaluate_model(
-            EvaluationConfig(model=settings.model, manifest=str(nothing.path), out=settings.out)
-        )
+    with pytest.raises(ValueError, match="no model whose bits per pixel webp could take"):
+        evaluate(replace(settings, subjects=("webp",)))
 
 
-def constant(height: int, width: int, value: float) -> Pictured:
-    image = torch.full((3, height, width), value)
-    return Pictured(f"{height}x{width}", image, image)
-
-
-def test_comparison_is_original_reconstruction_and_amplified_error() -> None:
-    generator = torch.Generator().manual_seed(0)
-    source = torch.rand(3, 20, 30, generator=generator) * 2 - 1
-    wrong = (source + 0.1).clone()
-    wrong[:, 0, 0] = 5.0  # beyond white
-    strip = comparison(source, wrong)
-    assert strip.shape == (20, 3 * 30 + 2 * 4, 3)
-    assert strip.dtype == np.uint8
-    original, gap, reconstruction, gap2, error = np.split(strip, [30, 34, 64, 68], axis=1)
-
-    def to_bytes(values: torch.Tensor) -> np.ndarray:
-        return (values.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).numpy()
-
-    assert np.array_equal(original, to_bytes((source + 1) / 2))
-    assert np.array_equal(reconstruction, to_bytes((wrong + 1) / 2))
-    assert (gap == 255).all()
-    assert (gap2 == 255).all()
-    expected = to_bytes((source - wrong.clamp(-1, 1)).abs() / 2 * 4)
-    assert np.array_equal(error, expected)
-    inside = (source + 0.1 < 1).all(dim=0).numpy()
-    inside[0, 0] = False
-    assert abs(int(error[inside].min()) - 51) <= 1, "0.1 of 2, four times brighter"
-    assert (comparison(source, source)[:, 68:] == 0).all()
-
-
-def test_contact_sheet_shows_every_picture_once_without_overlap() -> None:
-    sizes = [(40, 100), (200, 60), (90, 90), (16, 16), (300, 700), (40, 100), (64, 333), (1, 1)]
-    # Different grays, none of them that of the paper or of the error maps.
-    pictures = [
-        constant(height, width, index / 10 - 0.5) for index, (height, width) in enumerate(sizes)
-    ]
-    sheet = contact_sheet(pictures)
-    painted = np.zeros(sheet.shape[:2], dtype=int)
-    for picture in pictures:
-        height, width = picture.source.shape[1:]
-        gray = round((float(picture.source[0, 0, 0]) + 1) / 2 * 255)
-        found = np.argwhere((sheet == gray).all(axis=-1))
-        top, left = found.min(axis=0)
-        bottom, right = found.max(axis=0) + 1
-        assert (bottom - top, right - left) == (height, 2 * width + 4), picture.key
-        assert len(found) == 2 * height * width, "original and reconstruction, all of both"
-        black = sheet[top:bottom, right + 4 : right + 4 + width]
-        assert black.shape == (height, width, 3)
-        assert not black.any()
-        painted[top:bottom, left : right + 4 + width] += 1
-    assert painted.max() == 1
-    assert (sheet[painted == 0] == 255).all(), "the rest is paper"
-
-
-def test_sheet_grows_with_a_picture_wider_than_itself() -> None:
-    sheet = contact_sheet([constant(10, 900, 0.0)])
-    assert sheet.shape[1] >= 3 * 900
-    assert (sheet == 128).all(axis=-1).sum() == 2 * 10 * 900
-
-
-def test_one_file_is_reconstructed_at_its_own_aspect_ratio(
-    tiny_weights: Path, tmp_path: Path
+def test_a_given_reference_takes_the_place_of_the_sources(
+    settings: EvaluationConfig, inception: ExtractorConfig, tmp_path: Path
 ) -> None:
-    rng = np.random.default_rng(0)
-    file = tmp_path / "photo.png"
-    pixels = rng.integers(0, 255, (70, 150, 3), dtype=np.uint8)
-    Image.fromarray(pixels).save(file)
-    model = load_autoencoder(str(tiny_weights))
-    result, picture, seconds = reconstruct_image(model, file)
-    assert seconds > 0
-    assert (result.height, result.width, result.num_tokens) == (70, 150, 50)
-    source = torch.from_numpy(pixels).permute(2, 0, 1) / 127.5 - 1
-    torch.testing.assert_close(picture.source, source)
-    with torch.no_grad():
-        (expected,) = unpack_images(model(pack_images([source], patch_size=16)).pixels, 16)
-    torch.testing.assert_close(picture.reconstruction, expected.clamp(-1, 1))
-    assert result.psnr == pytest.approx(psnr(expected, source))
-    shrunk, *_ = reconstruct_image(model, file, resolution=50)
-    assert 10 <= shrunk.num_tokens <= 16
-    assert shrunk.width / shrunk.height == pytest.approx(150 / 70, rel=0.05)
-    file.write_bytes(b"no image")
-    with pytest.raises(UnreadableImage, match=r"photo\.png: not an image with an intact header"):
-        reconstruct_image(model, file)
+    settings = replace(settings, networks=inception)
+    usual = evaluate(settings)
+    place = (f"token budget {BUDGET}", "inception")
+    usual.references[place].save(tmp_path / "reference.npz")
+    reference = replace(settings, inception_reference=str(tmp_path / "reference.npz"))
+    assert evaluate(reference).scores[0].rfid == usual.scores[0].rfid
+    other = Gaussian(usual.references[place].mean + 1, usual.references[place].covariance)
+    other.save(tmp_path / "reference.npz")
+    found = evaluate(reference).scores[0]
+    assert found.rfid > usual.scores[0].rfid + 5
+    assert any("does not say which weights" in warning for warning in found.warnings)
+    with pytest.raises(ValueError, match="inception_reference needs the network"):
+        evaluate(replace(reference, networks=ExtractorConfig()))
+
+
+def test_latency_is_that_of_each_image_alone_after_a_first_pass(
+    settings: EvaluationConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    passes: list[int] = []
+
+    def counting(spec: object, device: torch.device) -> Subject:
+        return Subject(SubjectFacts(), lambda images: passes.append(len(images)) or list(images))
+
+    monkeypatch.setattr(evaluation_worker, "load_subject", counting)
+    result = evaluate(replace(settings, repeats=3, num_pictures=0))
+    assert passes == [1] * (11 * 4)
+    (images,) = result.images.values()
+    assert all(image.seconds > 0 and image.peak_mb >= 0 for image in images)
+
+
+@pytest.mark.parametrize(
+    ("change", "complaint"),
+    [
+        ({"token_budget": ()}, "no resolution; give square, longest_side or token_budget"),
+        ({"patch_size": 0}, "patch_size=0 must be at least 1"),
+        ({"repeats": -1}, "repeats=-1 must be at least 0"),
+        ({"timeout_s": 0.0}, "timeout_s and cpus_per_worker must be above 0"),
+        ({"benchmark": "imagenet"}, "benchmark='imagenet' is none of imagenet-256p, div8k"),
+        ({"subjects": ("a", "a")}, "the subjects a, a need different names; add name="),
+        ({"subjects": ("a,windw=8",)}, "a,windw=8 is no SubjectSpec: windw"),
+        ({"subjects": ("a,window",)}, "'window' is no option; write option=value"),
+        ({"subjects": ("jpeg,window=8",)}, "are for our models, and jpeg is none"),
+        ({"subjects": ("sd-vae,bits_per_pixel=8",)}, "sd-vae is neither jpeg nor webp"),
+        ({"subjects": ("a,dtype=int8",)}, "int8"),
+    ],
+)
+def test_settings_that_make_no_sense_are_refused(
+    settings: EvaluationConfig, change: dict, complaint: str
+) -> None:
+    with pytest.raises(ValueError, match=complaint):
+        replace(settings, **change)

@@ -3,7 +3,6 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
 
 from vitok.autoencoder import Autoencoder
 from vitok.variants import AutoencoderConfig
@@ -44,24 +43,3 @@ def make_autoencoder() -> Callable[..., Autoencoder]:
         return model
 
     return make
-
-
-@pytest.fixture(scope="session")
-def tiny_dino() -> nn.Module:
-    """Build a random network of DINOv3's architecture, with patches of 16 as in S/16."""
-    from transformers import DINOv3ViTConfig, DINOv3ViTModel
-
-    config = DINOv3ViTConfig(
-        hidden_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        intermediate_size=64,
-        num_register_tokens=2,
-        patch_size=16,
-    )
-    torch.manual_seed(0)
-    network = DINOv3ViTModel(config)
-    with torch.no_grad():
-        for parameter in network.parameters():
-            parameter.add_(0.1 * torch.randn_like(parameter))
-    return network.eval()

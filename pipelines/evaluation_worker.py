@@ -1,0 +1,270 @@
+"""What a process does to the images of an evaluation: read, reconstruct, judge, describe."""
+
+import statistics
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field, replace
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor
+
+from pipelines.baselines import hush_torchao
+from pipelines.corpus import Manifest
+from pipelines.failures import root_cause
+from pipelines.mixture import Corpus
+from pipelines.peak_memory import memory_in_use, start_peak
+from pipelines.reconstruction import comparison, judge
+from pipelines.subjects import Subject, SubjectFacts, SubjectSpec, load_subject
+from pipelines.train_autoencoder import absolute_if_local
+from pipelines.whole_images import Transform, iterate_rows
+from vitok.config import config
+from vitok.features import DinoFeatures, FeatureExtractor, InceptionFeatures
+from vitok.packed import unpack_images
+from vitok.perceptual import load_lpips
+
+OK = "ok"
+_MB = 2**20
+_PICTURE_SIDE = 512  # pixels; larger images are shown shrunk
+
+
+@config
+class ExtractorConfig:
+    """The networks that judge; an empty location leaves out what they are for.
+
+    Attributes:
+        inception: TorchScript file of Inception-v3, or an https URL of it, for FID.
+        inception_digest: sha256 (hex) of that file, if it is another than the field's.
+        dino: folder or cached repository of DINOv3, for FDD.
+        lpips: safetensors file of VGG16, for LPIPS.
+    """
+
+    inception: str = ""
+    inception_digest: str = ""
+    dino: str = ""
+    lpips: str = ""
+
+    def absolute(self) -> "ExtractorConfig":
+        """Return the same with absolute paths: workers run in other directories."""
+        return replace(
+            self,
+            inception=absolute_if_local(self.inception),
+            dino=absolute_if_local(self.dino),
+            lpips=absolute_if_local(self.lpips),
+        )
+
+
+@dataclass(frozen=True)
+class EvaluatedImage:
+    """One image as a subject reconstructed it; what is not known is None.
+
+    Attributes:
+        key: its key in the corpus.
+        height, width: pixels at which it was evaluated.
+        num_tokens: patches of the evaluation's patch_size.
+        psnr, ssim: data range 2 for values in [-1, 1].
+        baseline_psnr: of the best image with one colour in every patch.
+        lpips: distance by VGG16.
+        seconds: of reconstructing it; of an equal share of its pass, where others were beside it.
+        peak_mb: memory of the pass at its peak, beyond what was in use before it.
+        status: "ok", or why there is no reconstruction.
+    """
+
+    key: str
+    height: int | None = None
+    width: int | None = None
+    num_tokens: int | None = None
+    psnr: float | None = None
+    ssim: float | None = None
+    baseline_psnr: float | None = None
+    lpips: float | None = None
+    seconds: float | None = None
+    peak_mb: float | None = None
+    status: str = OK
+
+
+@dataclass(frozen=True)
+class SliceResult:
+    """What came of some images.
+
+    Attributes:
+        images: one for each.
+        features: of the reconstructions, [N, D] float32, by the name of the network.
+    """
+
+    images: list[EvaluatedImage]
+    features: dict[str, NDArray[np.float32]] = field(default_factory=dict)
+
+
+class Evaluator:
+    """Holds a subject and the networks that judge it; the same in this process or as a Ray actor.
+
+    `load` comes first.
+
+    Args:
+        manifest: folder of the images' manifest.
+        patch_size: pixels along each side of the patches that a token budget counts.
+        row_tokens: images share a pass of the subject up to so many of these patches.
+        repeats: timed passes of each image, after one that is not; 0 times the only pass.
+    """
+
+    def __init__(
+        self,
+        spec: SubjectSpec,
+        extractors: ExtractorConfig,
+        *,
+        manifest: str,
+        patch_size: int,
+        row_tokens: int,
+        repeats: int,
+        device: str,
+    ) -> None:
+        self._spec, self._extractors, self._manifest = spec, extractors, manifest
+        self._patch_size, self._row_tokens, self._repeats = patch_size, row_tokens, repeats
+        self._device = torch.device(device)
+
+    def load(self) -> tuple[SubjectFacts, dict[str, str]]:
+        """Load all weights.
+
+        Not left to the constructor: what a constructor of an actor raises cannot be told apart.
+
+        Returns:
+            what is known of the subject, and the digest of each network by its name.
+        """
+        self._corpus = Corpus.of(Manifest.load(self._manifest))
+        self._subject: Subject = load_subject(self._spec, self._device)
+        self._networks = load_extractors(self._extractors, self._device)
+        self._lpips = None
+        if self._extractors.lpips:
+            loaded = load_lpips(self._extractors.lpips, option="lpips", without="leave lpips empty")
+            self._lpips = loaded.to(self._device)
+        digests = {name: network.digest for name, network in self._networks.items()}
+        return self._subject.facts, digests
+
+    def evaluate(self, sample_ids: NDArray[np.int64], transform: Transform) -> SliceResult:
+        """Reconstruct some samples and judge them; what fails is a result that says why."""
+        images: list[EvaluatedImage] = []
+        features: dict[str, list[NDArray[np.float32]]] = {name: [] for name in self._networks}
+        for keys, sources, skipped in self._rows(sample_ids, transform):
+            images += [EvaluatedImage(key, status=f"unreadable: {why}") for key, why in skipped]
+            attempts = self._attempt(keys, sources)
+            images += [image for image, _ in attempts]
+            outputs = [output for _, output in attempts if output is not None]
+            for name, network in self._networks.items():
+                if outputs:
+                    features[name].append(network(outputs).numpy())
+        found = {name: np.concatenate(parts) for name, parts in features.items() if parts}
+        return SliceResult(images, found)
+
+    def pictures(
+        self, sample_ids: NDArray[np.int64], transform: Transform
+    ) -> dict[str, NDArray[np.uint8]]:
+        """Draw original, reconstruction and error map of samples, by key."""
+        strips: dict[str, NDArray[np.uint8]] = {}
+        for keys, sources, _ in self._rows(sample_ids, transform):
+            outputs = self._subject.reconstruct(sources)
+            for key, source, output in zip(keys, sources, outputs, strict=True):
+                strip = Image.fromarray(comparison(source.cpu(), output.cpu()))
+                scale = min(1.0, _PICTURE_SIDE / max(source.shape))
+                size = (max(1, round(side * scale)) for side in strip.size)
+                strips[key] = np.asarray(strip.resize(tuple(size)) if scale < 1 else strip)
+        return strips
+
+    def _rows(
+        self, sample_ids: NDArray[np.int64], transform: Transform
+    ) -> Iterator[tuple[list[str], list[Tensor], list[tuple[str, str]]]]:
+        """Yield keys and sources of the images that share a pass, and (key, reason) of the rest."""
+        records = self._corpus.records(sample_ids)
+        rows = iterate_rows(
+            self._corpus,
+            records,
+            transform.views(records, self._patch_size),
+            patch_size=self._patch_size,
+            row_tokens=self._row_tokens,
+        )
+        for row in rows:
+            packed, _ = row.to_packed(self._device)
+            sources = unpack_images(packed, self._patch_size)
+            yield row.keys, sources, [(key, reason) for _, key, reason in row.skipped]
+
+    def _attempt(
+        self, keys: Sequence[str], sources: Sequence[Tensor]
+    ) -> list[tuple[EvaluatedImage, Tensor | None]]:
+        """Reconstruct images together or, where that fails, one by one."""
+        if not sources:
+            return []
+        try:
+            outputs, seconds, peak_mb = self._pass(sources)
+            return [
+                (self._judge(key, source, output, seconds / len(sources), peak_mb), output)
+                for key, source, output in zip(keys, sources, outputs, strict=True)
+            ]
+        except Exception as error:  # whatever a subject does must not end the evaluation
+            if len(sources) > 1:
+                alone = zip(keys, sources, strict=True)
+                return [found for pair in alone for found in self._attempt(*([x] for x in pair))]
+            height, width = sources[0].shape[1:]
+            failed = EvaluatedImage(keys[0], height, width, status=reason_of(error))
+            return [(failed, None)]
+
+    def _pass(self, sources: Sequence[Tensor]) -> tuple[list[Tensor], float, float]:
+        """Return reconstructions, the median of the seconds, and the peak of memory in MB."""
+        if self._repeats:
+            self._subject.reconstruct(sources)
+        seconds: list[float] = []
+        start_peak(self._device)
+        rest, _ = memory_in_use(self._device)
+        for _ in range(max(1, self._repeats)):
+            start = time.perf_counter()
+            outputs = self._subject.reconstruct(sources)
+            if self._device.type == "cuda":
+                torch.cuda.synchronize(self._device)
+            seconds.append(time.perf_counter() - start)
+        _, peak = memory_in_use(self._device)
+        return outputs, statistics.median(seconds), max(0, peak - rest) / _MB
+
+    def _judge(
+        self, key: str, source: Tensor, output: Tensor, seconds: float, peak_mb: float
+    ) -> EvaluatedImage:
+        if not output.isfinite().all():
+            raise ArithmeticError("the reconstruction holds values that are not finite")
+        result = judge(key, source, output, self._patch_size)
+        distance = None
+        if self._lpips is not None:
+            with torch.inference_mode():
+                distance = self._lpips(output[None].clamp(-1, 1), source[None]).item()
+        return EvaluatedImage(**asdict(result), lpips=distance, seconds=seconds, peak_mb=peak_mb)
+
+
+def load_extractors(
+    settings: ExtractorConfig, device: torch.device | str = "cpu"
+) -> dict[str, FeatureExtractor]:
+    """Load the networks for Fréchet distances, by the field that names them.
+
+    Raises:
+        FileNotFoundError: weights are not there.
+        ValueError: they are of another network.
+    """
+    networks: dict[str, FeatureExtractor] = {}
+    if settings.inception:
+        networks["inception"] = InceptionFeatures.load(
+            settings.inception, settings.inception_digest, device
+        )
+    if settings.dino:
+        hush_torchao()
+        networks["dino"] = DinoFeatures.load(settings.dino, device)
+    return networks
+
+
+def reason_of(error: BaseException) -> str:
+    """Return one line that says why an image has no reconstruction."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return "out of memory"
+    line = root_cause(error).splitlines()[0]
+    return (
+        f"failed: {line}"
+        if isinstance(error, ValueError)
+        else (f"failed: {type(error).__name__}: {line}")
+    )
