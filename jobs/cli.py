@@ -49,10 +49,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def train(arguments: Sequence[str]) -> None:
     """train an autoencoder by a recipe; the same run name continues"""
     from cluster.local import ray_session
-    from jobs.recipes import TRAINING
     from pipelines.train_autoencoder import prepare, run_training
 
-    settings = prepare(_recipe(TRAINING, arguments, "train"))
+    settings = prepare(_training(arguments))
     with ray_session():
         export = run_training(settings)
     print(f"run: {settings.run.folder.uri}\nweights: {export.uri}")
@@ -60,9 +59,9 @@ def train(arguments: Sequence[str]) -> None:
 
 def evaluate(arguments: Sequence[str]) -> None:
     """PSNR and SSIM of a model on held-out images"""
-    from pipelines.evaluate import EvaluationConfig, evaluate_model
+    from pipelines.evaluate import evaluate_model
 
-    settings = tyro.cli(EvaluationConfig, args=arguments, prog="vitok evaluate")
+    settings = _evaluation(arguments)
     summary = evaluate_model(settings)
     if settings.json:
         _print_json(summary)
@@ -74,10 +73,10 @@ def evaluate(arguments: Sequence[str]) -> None:
 def encode(arguments: Sequence[str]) -> None:
     """encode a corpus into a latent cache; goes on where it was stopped"""
     from cluster.local import ray_session
-    from pipelines.cache_latents import LatentCaching, cache_latents
+    from pipelines.cache_latents import cache_latents
     from vitok.storage import Folder
 
-    settings = tyro.cli(LatentCaching, args=arguments, prog="vitok encode")
+    settings = _caching(arguments)
     with ray_session():
         manifest = cache_latents(settings)
     print(
@@ -296,6 +295,59 @@ def bench(arguments: Sequence[str]) -> None:
     _sub_command("bench", BENCHMARKS, arguments)
 
 
+def submit(arguments: Sequence[str]) -> None:
+    """run train, encode or evaluate as a job on a Ray cluster"""
+    from jobs.submit import submit as submit_job
+
+    submit_job(arguments, SUBMITTED)
+
+
+def jobs(arguments: Sequence[str]) -> None:
+    """jobs on a Ray cluster (jobs ls, status, logs, stop)"""
+    from jobs.remote import JOBS_COMMANDS
+
+    _sub_command("jobs", JOBS_COMMANDS, arguments)
+
+
+def cluster(arguments: Sequence[str]) -> None:
+    """Ray, MLflow and a store on this machine (cluster up, status, down)"""
+    from cluster.stack import CLUSTER_COMMANDS
+
+    _sub_command("cluster", CLUSTER_COMMANDS, arguments)
+
+
+def doctor(arguments: Sequence[str]) -> None:
+    """what is wrong with this machine or a cluster, and what to do about it"""
+    from jobs.doctor import doctor as examine
+
+    tyro.cli(examine, args=arguments, prog="vitok doctor")
+
+
+def _training(arguments: Sequence[str]) -> Any:
+    from jobs.recipes import TRAINING
+
+    return _recipe(TRAINING, arguments, "train")
+
+
+def _caching(arguments: Sequence[str]) -> Any:
+    from pipelines.cache_latents import LatentCaching
+
+    return tyro.cli(LatentCaching, args=arguments, prog="vitok encode")
+
+
+def _evaluation(arguments: Sequence[str]) -> Any:
+    from pipelines.evaluate import EvaluationConfig
+
+    return tyro.cli(EvaluationConfig, args=arguments, prog="vitok evaluate")
+
+
+# What `vitok submit` takes: the config that a command line asks for.
+SUBMITTED: dict[str, Callable[[Sequence[str]], Any]] = {
+    "train": _training,
+    "encode": _caching,
+    "evaluate": _evaluation,
+}
+
 COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
     "quickstart": quickstart,
     "train": train,
@@ -306,6 +358,10 @@ COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
     "corpus": corpus,
     "encode": encode,
     "latents": latents,
+    "submit": submit,
+    "jobs": jobs,
+    "cluster": cluster,
+    "doctor": doctor,
     "ui": ui,
     "bench": bench,
 }
