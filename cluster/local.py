@@ -16,10 +16,13 @@ def ray_session(num_cpus: int | None = None) -> Iterator[None]:
     """Connect to the cluster that RAY_ADDRESS names, or start one on this machine; then leave.
 
     A cluster that was started here is stopped with all its processes, also after an interrupt. A
-    process that is connected already stays as it is.
+    process that is connected already stays as it is. A submitted job has RAY_ADDRESS from Ray.
 
     Args:
         num_cpus: cores that a cluster started here offers; all of them by default.
+
+    Raises:
+        ValueError: RAY_ADDRESS is an address of another kind.
     """
     # The screen belongs to the command: its own bars and sentences. Ray's news is in its log files,
     # and what stops a job comes back as an exception.
@@ -31,6 +34,11 @@ def ray_session(num_cpus: int | None = None) -> Iterator[None]:
         return
     options: dict[str, Any] = {"num_cpus": num_cpus, "include_dashboard": False}
     if address := os.environ.get("RAY_ADDRESS"):
+        if address.startswith(("http://", "https://")):
+            raise ValueError(
+                f"RAY_ADDRESS={address} is a job server, which takes `vitok submit`; to run a "
+                "command here set it to the cluster's own address, such as HEAD:6379"
+            )
         options = {"address": address}
     with _silent_stderr():  # it prints that it obeys the variable; what fails is raised
         ray.init(logging_level=logging.ERROR, log_to_driver=False, **options)
@@ -77,7 +85,10 @@ def serve_mlflow(tracking_uri: str, port: int) -> None:
     command += ["--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
     command += ["--uvicorn-opts", "--log-level warning"]
     # Its job runners are for judging language models, and a dozen processes.
-    environment = os.environ | {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
+    environment = os.environ | {
+        "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
+        "MLFLOW_ALLOW_PICKLE_DESERIALIZATION": "false",
+    }
     print(f"MLflow on http://127.0.0.1:{port} - stop it with Ctrl-C", flush=True)
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     server = subprocess.Popen(command, env=environment, start_new_session=True)

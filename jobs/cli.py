@@ -49,10 +49,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def train(arguments: Sequence[str]) -> None:
     """train an autoencoder by a recipe; the same run name continues"""
     from cluster.local import ray_session
-    from jobs.recipes import TRAINING
     from pipelines.train_autoencoder import prepare, run_training
 
-    settings = prepare(_recipe(TRAINING, arguments, "train"))
+    settings = prepare(_training(arguments))
     with ray_session():
         export = run_training(settings)
     print(f"run: {settings.run.folder.uri}\nweights: {export.uri}")
@@ -61,10 +60,9 @@ def train(arguments: Sequence[str]) -> None:
 def flow(arguments: Sequence[str]) -> None:
     """train a generator on cached latents by a recipe; the same run name continues"""
     from cluster.local import ray_session
-    from jobs.flow_recipes import FLOWS
     from pipelines.train_flow import prepare, run_training
 
-    settings = prepare(_recipe(FLOWS, arguments, "flow"))
+    settings = prepare(_flow(arguments))
     with ray_session():
         run = run_training(settings)
     print(f"run: {run.uri}")
@@ -89,12 +87,11 @@ def evaluate(arguments: Sequence[str]) -> None:
     from contextlib import nullcontext
 
     from cluster.local import ray_session
-    from jobs.evaluations import EVALUATIONS
     from pipelines.evaluate import evaluate as run_evaluation
     from pipelines.evaluation_report import REPORT, log_to_runs, write_results
     from pipelines.shards import local_folder
 
-    settings = _recipe(EVALUATIONS, arguments, "evaluate")
+    settings = _evaluation(arguments)
     out = local_folder(settings.out)
     with ray_session() if settings.num_workers else nullcontext():
         result = run_evaluation(settings)
@@ -113,11 +110,10 @@ def evaluate(arguments: Sequence[str]) -> None:
 def encode(arguments: Sequence[str]) -> None:
     """encode a corpus into a latent cache by a recipe; goes on where it was stopped"""
     from cluster.local import ray_session
-    from jobs.encoding import ENCODING
     from jobs.latents import dry_run
-    from pipelines.cache_latents import cache_latents, complete
+    from pipelines.cache_latents import cache_latents
 
-    settings = complete(_recipe(ENCODING, arguments, "encode"))
+    settings = _caching(arguments)
     with ray_session():
         if settings.dry_run:
             dry_run(settings)
@@ -318,6 +314,67 @@ def bench(arguments: Sequence[str]) -> None:
     _sub_command("bench", BENCHMARKS, arguments)
 
 
+def submit(arguments: Sequence[str]) -> None:
+    """run train, encode or evaluate as a job on a Ray cluster"""
+    from jobs.submit import submit as submit_job
+
+    submit_job(arguments, SUBMITTED)
+
+
+def jobs(arguments: Sequence[str]) -> None:
+    """jobs on a Ray cluster (jobs ls, status, logs, stop)"""
+    from jobs.remote import JOBS_COMMANDS
+
+    _sub_command("jobs", JOBS_COMMANDS, arguments)
+
+
+def cluster(arguments: Sequence[str]) -> None:
+    """Ray, MLflow and a store on this machine (cluster up, status, down)"""
+    from cluster.stack import CLUSTER_COMMANDS
+
+    _sub_command("cluster", CLUSTER_COMMANDS, arguments)
+
+
+def doctor(arguments: Sequence[str]) -> None:
+    """what is wrong with this machine or a cluster, and what to do about it"""
+    from jobs.doctor import doctor as examine
+
+    tyro.cli(examine, args=arguments, prog="vitok doctor")
+
+
+def _training(arguments: Sequence[str]) -> Any:
+    from jobs.recipes import TRAINING
+
+    return _recipe(TRAINING, arguments, "train")
+
+
+def _caching(arguments: Sequence[str]) -> Any:
+    from jobs.encoding import ENCODING
+    from pipelines.cache_latents import complete
+
+    return complete(_recipe(ENCODING, arguments, "encode"))
+
+
+def _evaluation(arguments: Sequence[str]) -> Any:
+    from jobs.evaluations import EVALUATIONS
+
+    return _recipe(EVALUATIONS, arguments, "evaluate")
+
+
+def _flow(arguments: Sequence[str]) -> Any:
+    from jobs.flow_recipes import FLOWS
+
+    return _recipe(FLOWS, arguments, "flow")
+
+
+# What `vitok submit` takes: the config that a command line asks for.
+SUBMITTED: dict[str, Callable[[Sequence[str]], Any]] = {
+    "train": _training,
+    "flow": _flow,
+    "encode": _caching,
+    "evaluate": _evaluation,
+}
+
 COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
     "quickstart": quickstart,
     "train": train,
@@ -331,6 +388,10 @@ COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
     "corpus": corpus,
     "encode": encode,
     "latents": latents,
+    "submit": submit,
+    "jobs": jobs,
+    "cluster": cluster,
+    "doctor": doctor,
     "ui": ui,
     "bench": bench,
 }

@@ -13,6 +13,7 @@ from ray.train.torch import TorchTrainer
 
 from pipelines import ingest
 from pipelines.failures import Preempted, Unrecoverable, root_cause
+from pipelines.gauges import RunGauges
 from pipelines.plan import Plan
 from pipelines.progress import progress_bar
 from pipelines.runs import RunConfig, next_step
@@ -114,7 +115,8 @@ def recorded(given: dict[str, Any]) -> Iterator[Tracker | None]:
     with ExitStack() as stack:
         tracker = None
         if context.get_world_rank() == 0:
-            tracker = stack.enter_context(closing(Tracker(**given["tracking"])))
+            gauges = RunGauges(given["settings"].run.name)
+            tracker = stack.enter_context(closing(Tracker(**given["tracking"], also=gauges)))
         if context.get_local_rank() == 0 and node != given["driver_node"]:
             stack.enter_context(system_metrics(node_id=node, **given["tracking"]))
         try:

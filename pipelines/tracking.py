@@ -12,7 +12,7 @@ import json
 import logging
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from pipelines.credentials import credential_in
 from pipelines.failures import Preempted
 from pipelines.outbox import Outbox
 from pipelines.server_run import ServerRun, bound_waiting, brief
@@ -41,7 +42,8 @@ class TrackingConfig:
     """Where a run is recorded.
 
     Attributes:
-        uri: MLflow tracking server; empty takes a SQLite file in the run's storage.
+        uri: MLflow tracking server; empty takes the variable MLFLOW_TRACKING_URI, and where that is
+            not set a SQLite file in the run's storage.
         experiment: MLflow experiment.
         upload_weights: also store the exported weights as an artifact of the run.
         registered_model: name in MLflow's model registry of which the uploaded weights become a
@@ -54,6 +56,7 @@ class TrackingConfig:
     registered_model: str = ""
 
     def __post_init__(self) -> None:
+        _refuse_credential("tracking.uri", self.uri)
         if self.registered_model and not self.upload_weights:
             raise ValueError(
                 f"registered_model={self.registered_model!r} needs the weights in MLflow; set "
@@ -65,16 +68,29 @@ def tracking_uri(tracking: TrackingConfig, storage: str) -> str:
     """Return the tracking server of runs that are stored under `storage`.
 
     Raises:
-        ValueError: there is neither a server nor a local folder for a SQLite file.
+        ValueError: there is neither a server nor a local folder for a SQLite file, or the server's
+            URI holds a credential.
     """
     if tracking.uri:
         return tracking.uri
+    if uri := os.environ.get("MLFLOW_TRACKING_URI"):
+        _refuse_credential("MLFLOW_TRACKING_URI", uri)
+        return uri
     if "://" in storage:
         raise ValueError(
-            f"runs stored in {storage} need an MLflow server: set tracking.uri, for instance to "
-            "http://HOST:5000"
+            f"runs stored in {storage} need an MLflow server: set tracking.uri or "
+            "MLFLOW_TRACKING_URI, for instance to http://HOST:5000"
         )
     return f"sqlite:///{Path(storage).expanduser().absolute()}/mlflow.db"
+
+
+def _refuse_credential(name: str, uri: str) -> None:
+    """Refuse what would be written into the run's folder, its parameters and its log."""
+    if found := credential_in(uri):
+        raise ValueError(
+            f"{name} holds {found}, and is written beside checkpoints and into MLflow; leave it "
+            "out, and set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD"
+        )
 
 
 class Tracker:
@@ -89,6 +105,7 @@ class Tracker:
         spool: local folder for what waits to be sent; empty takes one for temporary files.
         max_spool_bytes: of what waits; images give way first, then files, metrics last.
         back_off_s: a server that did not answer is left alone for so long.
+        also: is given metrics and their step too.
     """
 
     def __init__(
@@ -99,8 +116,10 @@ class Tracker:
         *,
         max_spool_bytes: int = 512 * 2**20,
         back_off_s: float = 30.0,
+        also: Callable[[dict[str, float], int], None] | None = None,
     ) -> None:
         self.uri = uri
+        self._also = also
         self.run_id = run_id
         self.spool = spool or f"{tempfile.gettempdir()}/vitok-unsent-{os.getuid()}"
         self._server = ServerRun(uri, run_id)
@@ -137,6 +156,8 @@ class Tracker:
         if metrics:
             values = {name: float(value) for name, value in metrics.items()}
             self._outbox.add(RECORDS, {"kind": "metrics", "metrics": values, "step": int(step)})
+            if self._also is not None:
+                self._also(values, int(step))
 
     def log_image(self, image: NDArray[np.uint8], name: str, step: int) -> None:
         """Record an image [height, width, 3] at a step."""

@@ -13,12 +13,14 @@ import pytest
 from PIL import Image
 
 from cluster import local
+from cluster.stack import CLUSTER_COMMANDS
 from jobs.bench import BENCHMARKS
 from jobs.cli import COMMANDS, main
 from jobs.corpus import CORPUS_COMMANDS
 from jobs.evaluations import EVALUATIONS
 from jobs.latents import LATENT_COMMANDS
 from jobs.recipes import TRAINING
+from jobs.remote import JOBS_COMMANDS
 from pipelines.corpus import Manifest
 from tests.pipelines.small_caches import CHANNELS, ROWS, write_small_cache
 
@@ -106,6 +108,10 @@ HELPS = [
     *(["corpus", name] for name in CORPUS_COMMANDS),
     ["encode", "quickstart"],
     *(["latents", name] for name in LATENT_COMMANDS),
+    ["submit"],
+    ["doctor"],
+    *(["jobs", name] for name in JOBS_COMMANDS),
+    *(["cluster", name] for name in CLUSTER_COMMANDS),
     *(["bench", name] for name in BENCHMARKS),
 ]
 
@@ -127,7 +133,9 @@ def test_help_explains_every_field(vitok, command: list[str]) -> None:
         )
         assert explained, field
         assert len(explained["help"].partition("(default")[0]) > 8, f"not explained: {field}"
-        assert field.startswith("-h") or re.search(r"\((default: .*|required)\)", field), field
+        assert field.startswith("-h") or re.search(
+            r"\((default: .*|required|repeatable)\)", field
+        ), field
 
 
 def test_help_covers_every_command() -> None:
