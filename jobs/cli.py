@@ -6,6 +6,7 @@ import inspect
 import json
 import os
 import sys
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -56,6 +57,29 @@ def train(arguments: Sequence[str]) -> None:
     with ray_session():
         export = run_training(settings)
     print(f"run: {settings.run.folder.uri}\nweights: {export.uri}")
+
+
+def sweep(arguments: Sequence[str]) -> None:
+    """many trainings compared, on Ray Tune (and sweep report NAME: what they say)"""
+    from cluster.local import ray_session
+    from jobs.sweep import costs_of, format_costs, report
+    from jobs.sweep_recipes import SWEEPS
+    from pipelines.sweep import prepare_sweep, run_sweep
+
+    if arguments and arguments[0] == "report":
+        tyro.cli(report, args=arguments[1:], prog="vitok sweep report")
+        return
+    settings = _recipe(SWEEPS, arguments, "sweep")
+    print(format_costs(settings, costs_of(settings)), flush=True)
+    if settings.dry_run:
+        return
+    settings = prepare_sweep(settings)
+    with ray_session():
+        records = run_sweep(settings)
+    ended = ", ".join(
+        f"{number} {state}" for state, number in Counter(r.state for r in records).items()
+    )
+    print(f"trials: {ended}\nreport: {settings.folder.child('report').uri}/report.md")
 
 
 def evaluate(arguments: Sequence[str]) -> None:
@@ -299,6 +323,7 @@ def bench(arguments: Sequence[str]) -> None:
 COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
     "quickstart": quickstart,
     "train": train,
+    "sweep": sweep,
     "evaluate": evaluate,
     "reconstruct": reconstruct,
     "export": export,
