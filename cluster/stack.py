@@ -277,8 +277,8 @@ def token_mode() -> str:
     """Return how Ray lets others in: `token`, unless RAY_AUTH_MODE says otherwise.
 
     Ray's dashboard keeps to the host that it is given, but the cluster itself listens on every
-    address of the machine, and runs any code that is sent to it. So it asks for a token: the user's,
-    in a file that is made here, for its owner alone, where there is none.
+    address of the machine, and runs any code that is sent to it. So it asks for a token, the
+    user's, in a file that is made here, for its owner alone, where there is none.
     """
     mode = os.environ.get("RAY_AUTH_MODE", "token").lower()
     if mode != "token":

@@ -6,6 +6,7 @@ import inspect
 import json
 import os
 import sys
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -55,6 +56,28 @@ def train(arguments: Sequence[str]) -> None:
     with ray_session():
         export = run_training(settings)
     print(f"run: {settings.run.folder.uri}\nweights: {export.uri}")
+
+
+def sweep(arguments: Sequence[str]) -> None:
+    """many trainings compared, on Ray Tune (and sweep report NAME: what they say)"""
+    from cluster.local import ray_session
+    from jobs.sweep import costs_of, format_costs, report
+    from pipelines.sweep import prepare_sweep, run_sweep
+
+    if arguments and arguments[0] == "report":
+        tyro.cli(report, args=arguments[1:], prog="vitok sweep report")
+        return
+    settings = _sweep(arguments)
+    print(format_costs(settings, costs_of(settings)), flush=True)
+    if settings.dry_run:
+        return
+    settings = prepare_sweep(settings)
+    with ray_session():
+        records = run_sweep(settings)
+    ended = ", ".join(
+        f"{number} {state}" for state, number in Counter(r.state for r in records).items()
+    )
+    print(f"trials: {ended}\nreport: {settings.folder.child('report').uri}/report.md")
 
 
 def flow(arguments: Sequence[str]) -> None:
@@ -367,10 +390,17 @@ def _flow(arguments: Sequence[str]) -> Any:
     return _recipe(FLOWS, arguments, "flow")
 
 
+def _sweep(arguments: Sequence[str]) -> Any:
+    from jobs.sweep_recipes import SWEEPS
+
+    return _recipe(SWEEPS, arguments, "sweep")
+
+
 # What `vitok submit` takes: the config that a command line asks for.
 SUBMITTED: dict[str, Callable[[Sequence[str]], Any]] = {
     "train": _training,
     "flow": _flow,
+    "sweep": _sweep,
     "encode": _caching,
     "evaluate": _evaluation,
 }
@@ -381,6 +411,7 @@ COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
     "flow": flow,
     "sample": sample,
     "generate": generate,
+    "sweep": sweep,
     "evaluate": evaluate,
     "reconstruct": reconstruct,
     "export": export,

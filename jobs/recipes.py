@@ -8,11 +8,11 @@ What we have not run says so.
 from collections.abc import Callable
 from dataclasses import replace
 
+from pipelines.costs import work_of
 from pipelines.plan import DataConfig, Stage
 from pipelines.runs import RunConfig
 from pipelines.tracking import TrackingConfig
 from pipelines.train_autoencoder import AutoencoderTraining
-from vitok.flops import training_flops
 from vitok.losses import LossConfig
 from vitok.optim import OptimConfig
 from vitok.parallel import ParallelConfig
@@ -25,6 +25,7 @@ TrainingRecipe = Callable[[], AutoencoderTraining]
 _VGG_FILE = "vgg16.tv_in1k/model.safetensors"
 _H200_PEAK = 989.5e12  # operations per second, dense bfloat16; see vitok.flops
 _ASSUMED_MFU = 0.4
+H200_FLOPS = _H200_PEAK * _ASSUMED_MFU
 
 
 def quickstart() -> AutoencoderTraining:
@@ -138,11 +139,7 @@ def _recipe(settings: AutoencoderTraining, summary: str, expected: str) -> Train
 
 def _hours(settings: AutoencoderTraining) -> float:
     """Return the hours of a training on H200 at the assumed share of their peak."""
-    flops = 0.0
-    for stage in settings.stages:
-        image = training_flops(settings.model, stage.token_budgets) / len(stage.token_budgets)
-        flops += stage.steps * stage.images_per_step * image
-    return flops / (settings.run.num_workers * _H200_PEAK * _ASSUMED_MFU * 3600)
+    return work_of(settings).flops / (settings.run.num_workers * H200_FLOPS * 3600)
 
 
 def released_models() -> list[TrainingRecipe]:

@@ -2,7 +2,7 @@
 
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from typing import Any
 
@@ -12,7 +12,13 @@ import ray.train
 from ray.train.torch import TorchTrainer
 
 from pipelines import ingest
-from pipelines.failures import Preempted, Unrecoverable, root_cause
+from pipelines.failures import (
+    OutOfMemory,
+    Preempted,
+    Unrecoverable,
+    is_out_of_memory,
+    root_cause,
+)
 from pipelines.gauges import RunGauges
 from pipelines.plan import Plan
 from pipelines.progress import progress_bar
@@ -25,7 +31,11 @@ _RESIZE_INTERVAL_S = 60.0
 
 
 def launch(
-    worker: Callable[[dict[str, Any]], None], settings: Any, plan: Plan, tracker: Tracker
+    worker: Callable[[dict[str, Any]], None],
+    settings: Any,
+    plan: Plan,
+    tracker: Tracker,
+    callbacks: Sequence[ray.train.UserCallback] = (),
 ) -> None:
     """Run a training on the connected Ray cluster until it is done; called in the driver.
 
@@ -33,8 +43,12 @@ def launch(
         worker: what every Ray Train worker runs; it is given {"settings", "tracking", "board"}
             and calls fit().
         settings: the training's config, with a RunConfig as `run`.
+        callbacks: told of every checkpoint, in Ray Train's controller.
 
     Raises:
+        Unrecoverable: every other attempt would end in the same way; Diverged where a gradient was
+            not finite.
+        OutOfMemory: a worker asked for more memory than there is.
         RuntimeError: the workers failed more often than max_failures; says why.
     """
     run: RunConfig = settings.run
@@ -77,6 +91,7 @@ def launch(
                 storage_path=Folder.of(run.storage).uri,
                 checkpoint_config=ray.train.CheckpointConfig(num_to_keep=run.keep_checkpoints),
                 failure_config=ray.train.FailureConfig(max_failures=run.max_failures),
+                callbacks=list(callbacks),
             ),
             # Not made before it is known for how many workers; see _PlannedData.
             datasets={"train": lambda: ray.data.from_items([0])},
@@ -86,11 +101,12 @@ def launch(
             with _own_interrupts(), _leaving_on_sigterm(board):
                 trainer.fit()
         except ray.train.TrainingFailedError as error:
-            raise RuntimeError(
+            kind = OutOfMemory if is_out_of_memory(error) else RuntimeError
+            raise kind(
                 f"the training stopped after step {next_step(folder)}: {root_cause(error)}"
             ) from error
         if failure := ray.get(board.failure.remote()):
-            raise RuntimeError(f"the training stopped after step {next_step(folder)}: {failure}")
+            raise type(failure)(f"the training stopped after step {next_step(folder)}: {failure}")
         if ray.get(board.is_leaving.remote()) and next_step(folder) < plan.num_steps:
             raise Preempted(
                 f"stopped by SIGTERM with a checkpoint after step {next_step(folder)}; start it "
@@ -123,7 +139,7 @@ def recorded(given: dict[str, Any]) -> Iterator[Tracker | None]:
             yield tracker
         except Unrecoverable as error:
             # Raised on, Ray Train would start the group again; so this attempt ends in peace.
-            ray.get(given["board"].fail.remote(str(error)))
+            ray.get(given["board"].fail.remote(error))
 
 
 class _PlannedData(ray.train.DataConfig):

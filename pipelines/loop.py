@@ -24,7 +24,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 
 from pipelines import ingest
-from pipelines.failures import Unrecoverable
+from pipelines.failures import Diverged, Unrecoverable
 from pipelines.meter import Meter, process_metrics
 from pipelines.plan import Plan
 from pipelines.runs import RunConfig
@@ -93,8 +93,8 @@ def fit(
         board: the driver's ProgressBoard.
 
     Raises:
-        Unrecoverable: a gradient was not finite, and the optimizer has not moved; too many samples
-            were unreadable; the corpus has changed.
+        Diverged: a gradient was not finite, and the optimizer has not moved.
+        Unrecoverable: too many samples were unreadable; the corpus has changed.
     """
     rank, world_size = dist.get_rank(), dist.get_world_size()
     device = ray.train.torch.get_device()
@@ -324,13 +324,13 @@ def settle(ledger: list[Outcome]) -> list[Settled]:
     """Wait for the steps of the ledger, and return what came of them.
 
     Raises:
-        Unrecoverable: a gradient was not finite.
+        Diverged: a gradient was not finite.
     """
     settled = []
     rows = torch.stack([outcome.values for outcome in ledger]).tolist()
     for outcome, (grad_norm, *values) in zip(ledger, rows, strict=True):
         if not math.isfinite(grad_norm):
-            raise Unrecoverable(
+            raise Diverged(
                 f"step {outcome.step}: the gradient's norm is {grad_norm}; the optimizer has not "
                 f"moved. {_describe_suspects(outcome)}"
             )

@@ -22,14 +22,14 @@ class ProgressBoard:
         self._status = status
         self._messages: list[str] = []
         self._is_leaving = False
-        self._failure = ""
+        self._failure: Exception | None = None
 
-    def fail(self, reason: str) -> None:
+    def fail(self, failure: Exception) -> None:
         """Say why the work ended for good."""
-        self._failure = reason
+        self._failure = failure
 
-    def failure(self) -> str:
-        """Return why the work ended for good; empty if it did not."""
+    def failure(self) -> Exception | None:
+        """Return why the work ended for good; None if it did not."""
         return self._failure
 
     def leave(self) -> None:

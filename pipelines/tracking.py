@@ -48,12 +48,14 @@ class TrackingConfig:
         upload_weights: also store the exported weights as an artifact of the run.
         registered_model: name in MLflow's model registry of which the uploaded weights become a
             version; empty registers nothing.
+        parent_run: id of the MLflow run below which a new run is shown; empty for none.
     """
 
     uri: str = ""
     experiment: str = "vitok"
     upload_weights: bool = False
     registered_model: str = ""
+    parent_run: str = ""
 
     def __post_init__(self) -> None:
         _refuse_credential("tracking.uri", self.uri)
@@ -240,6 +242,16 @@ class Tracker:
         self._outbox.close(timeout_s)
 
 
+def tracker_of(folder: Folder) -> Tracker | None:
+    """Return a Tracker of the run that a folder remembers; None if it has not begun."""
+    note = json.loads(folder.read_text(_RUN_FILE) or "{}")
+    return Tracker(note["uri"], note["run_id"], _spool_of(folder)) if note else None
+
+
+def _spool_of(folder: Folder) -> str:
+    return folder.child(_SPOOL_FOLDER).uri if folder.is_local else ""
+
+
 @contextmanager
 def open_run(
     folder: Folder, name: str, tracking: TrackingConfig, storage: str, settings: Any
@@ -263,9 +275,9 @@ def open_run(
     note = json.loads(folder.read_text(_RUN_FILE) or "{}")
     run_id = note.get("run_id") if note.get("uri") == uri else None
     if run_id is None:
-        run_id = _start_run(uri, name, tracking.experiment, storage, settings)
+        run_id = _start_run(uri, name, tracking, storage, settings)
         folder.write_text(_RUN_FILE, json.dumps({"uri": uri, "run_id": run_id}))
-    tracker = Tracker(uri, run_id, folder.child(_SPOOL_FOLDER).uri if folder.is_local else "")
+    tracker = Tracker(uri, run_id, _spool_of(folder))
     tracker.set_tags({"run_folder": folder.uri})
     tracker.set_status("RUNNING")
     status = "FAILED"
@@ -301,7 +313,7 @@ def run_tracker(folder: Folder) -> Tracker:
     return Tracker(note["uri"], note["run_id"], spool)
 
 
-def _start_run(uri: str, name: str, experiment: str, storage: str, settings: Any) -> str:
+def _start_run(uri: str, name: str, tracking: TrackingConfig, storage: str, settings: Any) -> str:
     from mlflow.entities import Param
     from mlflow.exceptions import MlflowException
     from mlflow.tracking import MlflowClient
@@ -310,8 +322,9 @@ def _start_run(uri: str, name: str, experiment: str, storage: str, settings: Any
     params = [Param(key, str(value)[:_PARAM_LENGTH]) for key, value in flatten(settings).items()]
     try:
         client = MlflowClient(uri)
-        experiment_id = _experiment(client, uri, experiment, storage)
-        run_id = str(client.create_run(experiment_id, run_name=name).info.run_id)
+        experiment_id = _experiment(client, uri, tracking.experiment, storage)
+        tags = {"mlflow.parentRunId": tracking.parent_run} if tracking.parent_run else {}
+        run_id = str(client.create_run(experiment_id, run_name=name, tags=tags).info.run_id)
         for start in range(0, len(params), _PARAMS_PER_CALL):
             client.log_batch(run_id, params=params[start : start + _PARAMS_PER_CALL])
     except MlflowException as error:

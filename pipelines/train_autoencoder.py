@@ -1,6 +1,7 @@
 """Training of the autoencoder: its config, its step, and the two handed to the loop."""
 
 import tempfile
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -98,11 +99,14 @@ class AutoencoderTraining:
             )
 
 
-def run_training(settings: AutoencoderTraining) -> Folder:
+def run_training(
+    settings: AutoencoderTraining, callbacks: Sequence[ray.train.UserCallback] = ()
+) -> Folder:
     """Train on the connected Ray cluster, or continue the run of this name, and export weights.
 
     Args:
         settings: as `prepare` returned it.
+        callbacks: told of every checkpoint, in Ray Train's controller.
 
     Returns:
         the folder of the exported weights.
@@ -112,7 +116,7 @@ def run_training(settings: AutoencoderTraining) -> Folder:
     """
     run = settings.run
     with open_run(run.folder, run.name, run.tracking, run.storage, settings) as tracker:
-        launch(_worker, settings, plan_of(settings), tracker)
+        launch(_worker, settings, plan_of(settings), tracker, callbacks)
         export = export_weights(settings)
         tracker.set_tags({"export": export.uri})
         if run.tracking.upload_weights:
@@ -142,8 +146,26 @@ def prepare(settings: AutoencoderTraining) -> AutoencoderTraining:
         ValueError: the weights to start from are of another architecture; the run's folder holds a
             run with another config.
     """
+    settings = located(settings)
     data, loss, run = settings.data, settings.loss, settings.run
-    settings = replace(
+    plan_of(settings)
+    if data.eval_manifest:
+        Manifest.load(data.eval_manifest)
+    if loss.dino or loss.lpips:
+        ReconstructionLoss(loss)
+    if run.parallel.float8:
+        require_float8(data.row_tokens)
+    # A run that goes on reads its own weights.
+    if settings.start not in _FRESH_STARTS and latest_checkpoint(settings.run.folder) is None:
+        _check_weights(settings.start, settings.model)
+    claim_folder(settings)
+    return settings
+
+
+def located(settings: AutoencoderTraining) -> AutoencoderTraining:
+    """Return a config with absolute locations."""
+    data, loss, run = settings.data, settings.loss, settings.run
+    return replace(
         settings,
         data=replace(
             data,
@@ -163,18 +185,6 @@ def prepare(settings: AutoencoderTraining) -> AutoencoderTraining:
         if settings.start in _FRESH_STARTS
         else absolute_if_local(settings.start),
     )
-    plan_of(settings)
-    if data.eval_manifest:
-        Manifest.load(data.eval_manifest)
-    if loss.dino or loss.lpips:
-        ReconstructionLoss(loss)
-    if run.parallel.float8:
-        require_float8(data.row_tokens)
-    # A run that goes on reads its own weights.
-    if settings.start not in _FRESH_STARTS and latest_checkpoint(settings.run.folder) is None:
-        _check_weights(settings.start, settings.model)
-    claim_folder(settings)
-    return settings
 
 
 def _check_weights(location: str, model: AutoencoderConfig) -> None:
@@ -330,11 +340,17 @@ def build_model(settings: AutoencoderTraining) -> Autoencoder:
 
 
 def row_flops(settings: AutoencoderTraining, row: PackedRow) -> float:
-    """Return the operations of a training step on a row; a frozen encoder has a forward alone."""
+    """Return the operations of a training step on a row."""
+    return image_flops(settings, row.image_tokens)
+
+
+def image_flops(settings: AutoencoderTraining, image_tokens: Iterable[int]) -> float:
+    """Return the operations of a training step on images; a frozen encoder has a forward alone."""
     if settings.freeze == "none":
-        return training_flops(settings.model, row.image_tokens)
-    encoder = training_flops(settings.model, row.image_tokens, "encoder") / 3
-    return encoder + training_flops(settings.model, row.image_tokens, "decoder")
+        return training_flops(settings.model, image_tokens)
+    tokens = list(image_tokens)
+    encoder = training_flops(settings.model, tokens, "encoder") / 3
+    return encoder + training_flops(settings.model, tokens, "decoder")
 
 
 def initialize(model: Autoencoder, settings: AutoencoderTraining, plan: Plan) -> None:

@@ -1,0 +1,152 @@
+"""Plots of a sweep, as PNG."""
+
+import io
+from collections.abc import Callable
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from pipelines.sweep_records import TrialRecord
+from pipelines.sweep_report import Measure, Study, error_of, series_of, value_of
+
+_PANEL = (5.5, 4.0)  # inches
+_DPI = 110
+
+
+def draw_plots(study: Study) -> dict[str, bytes]:
+    """Return the plots that the finished trials have something to show on, by file name.
+
+    `quality.png` shows the quality by decoder size, a line for each compression ratio and encoder
+    depth: the study of Figure 2 of arXiv 2605.05331. `pareto.png` shows the quality against
+    every cost, with the trials that nothing beats. `scaling.png` has the fitted laws,
+    `progress.png` the trials on their way.
+    """
+    plots: dict[str, bytes] = {}
+    qualities = study.qualities or [study.metric]
+    known = [q for q in qualities if any(value_of(r, q) is not None for r in study.done)]
+    if known:
+        plots["quality.png"] = _draw(
+            [lambda axes, q=q: _quality(axes, study, q) for q in known]  # type: ignore[misc]
+        )
+        fronts = [front for front in study.fronts if front.quality == known[0]]
+        plots["pareto.png"] = _draw(
+            [
+                lambda axes, f=f: _front(axes, study, known[0], f.cost, f.trials)  # type: ignore[misc]
+                for f in fronts
+            ]
+        )
+    if study.laws:
+        shown = list(dict.fromkeys(law.quality for law in study.laws))
+        plots["scaling.png"] = _draw(
+            [lambda axes, q=q: _laws(axes, study, q) for q in shown]  # type: ignore[misc]
+        )
+    if any(len(_course(study, record)) for record in study.records):
+        plots["progress.png"] = _draw([lambda axes: _progress(axes, study)])
+    return plots
+
+
+def _draw(panels: list[Callable[[Axes], None]]) -> bytes:
+    """Draw panels side by side, at most two in a row."""
+    columns = min(2, len(panels))
+    rows = -(-len(panels) // columns)
+    figure = Figure(figsize=(columns * _PANEL[0], rows * _PANEL[1]), dpi=_DPI, layout="constrained")
+    grid = figure.subplots(rows, columns, squeeze=False).flatten()
+    for axes, panel in zip(grid, panels, strict=False):
+        panel(axes)
+        axes.grid(alpha=0.3)
+    for axes in grid[len(panels) :]:
+        axes.remove()
+    image = io.BytesIO()
+    # Without the version of the software, the same records give the same bytes.
+    figure.savefig(image, format="png", metadata={"Software": None})
+    return image.getvalue()
+
+
+def _series(study: Study) -> dict[str, str]:
+    """Return the colour of every series of finished trials."""
+    names = sorted({series_of(record) for record in study.done})
+    return {name: f"C{index % 10}" for index, name in enumerate(names)}
+
+
+def _legend(axes: Axes) -> None:
+    if axes.get_legend_handles_labels()[1]:
+        axes.legend(fontsize=7)
+
+
+def _quality(axes: Axes, study: Study, quality: Measure) -> None:
+    for name, colour in _series(study).items():
+        members = [r for r in study.done if series_of(r) == name]
+        points = [(r.decoder_parameters / 1e6, value_of(r, quality)) for r in members]
+        known = sorted((x, y) for x, y in points if y is not None)
+        if known:
+            axes.plot(*zip(*known, strict=True), "o-", color=colour, label=name, markersize=4)
+    axes.set(xscale="log", xlabel="decoder parameters (M)", ylabel=quality.label)
+    _legend(axes)
+
+
+def _front(axes: Axes, study: Study, quality: Measure, cost: Measure, front: list[str]) -> None:
+    on_front: list[tuple[float, float]] = []
+    labelled: set[str] = set()
+    colours = _series(study)
+    for record in study.done:
+        x, y = value_of(record, cost), value_of(record, quality)
+        if x is None or y is None:
+            continue
+        name = series_of(record)
+        label = "" if name in labelled else name
+        labelled.add(name)
+        axes.plot(x / cost.unit, y, "o", color=colours[name], label=label, markersize=5)
+        if record.name in front:
+            on_front.append((x / cost.unit, y))
+    axes.plot(*zip(*sorted(on_front), strict=True), "k--", linewidth=1, label="front", zorder=0)
+    axes.set(xscale="log", xlabel=cost.label, ylabel=quality.label)
+    _legend(axes)
+
+
+def _laws(axes: Axes, study: Study, quality: Measure) -> None:
+    colours = _series(study)
+    name = ""
+    for entry in (law for law in study.laws if law.quality == quality):
+        name, law = entry.error, entry.law
+        members = [r for r in study.done if series_of(r) == entry.series]
+        pairs = [(r.decoder_parameters, value_of(r, quality)) for r in members]
+        errors = [(n, error_of(quality, v)) for n, v in pairs if v is not None]
+        known = np.array([(n, error[0]) for n, error in errors if error is not None])
+        colour = colours[entry.series]
+        axes.plot(known[:, 0] / 1e6, known[:, 1], "o", color=colour, markersize=4)
+        sizes = np.geomspace(known[:, 0].min() / 1.2, known[:, 0].max() * 1.2, 100)
+        label = f"{entry.series}: b = {law.exponent:.2g}"
+        if law.constant:
+            label += f", c = {law.constant:.2g}"
+        axes.plot(sizes / 1e6, law.at(sizes), "-", color=colour, label=label)
+    axes.set(xscale="log", yscale="log", xlabel="decoder parameters (M)", ylabel=name)
+    _legend(axes)
+
+
+def _course(study: Study, record: TrialRecord) -> list[tuple[float, float]]:
+    """Return (work, metric) at the checkpoints of a trial and at its end."""
+
+    metric, unit = study.sweep.metric, study.sweep.progress
+    course = [
+        (float(getattr(report, unit)), report.metrics[metric])
+        for report in record.reports
+        if metric in report.metrics
+    ]
+    if metric in record.results:
+        total = record.training_flops if unit == "flops" else record.images
+        course.append((float(total), record.results[metric]))
+    return course
+
+
+def _progress(axes: Axes, study: Study) -> None:
+    for record in study.records:
+        course = _course(study, record)
+        if course:
+            ended = record.state in ("finished", "running")
+            label = record.name if ended else f"{record.name} ({record.state})"
+            axes.plot(*zip(*course, strict=True), "o-", label=label, markersize=3)
+    unit = "training FLOPs" if study.sweep.progress == "flops" else "images"
+    axes.set(xlabel=unit, ylabel=study.metric.label)
+    if len(study.records) <= 16:
+        _legend(axes)

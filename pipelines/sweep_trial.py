@@ -1,0 +1,99 @@
+"""One trial of a sweep: a training in a process that Ray Tune started."""
+
+import statistics
+import time
+from dataclasses import replace
+from typing import Any
+
+import ray
+import torch
+from ray.data import DataContext
+from ray.tune.integration.ray_train import TuneReportCallback
+
+from pipelines.costs import work_of
+from pipelines.failures import Diverged, OutOfMemory, root_cause
+from pipelines.runs import latest_checkpoint
+from pipelines.sweep_config import SweepConfig, make_trial
+from pipelines.sweep_records import State, finite
+from pipelines.tracking import TrackingConfig
+from pipelines.train_autoencoder import (
+    AutoencoderTraining,
+    load_autoencoder,
+    prepare,
+    run_training,
+)
+from vitok.storage import Folder
+
+# How Ray Tune is told what came of a trial.
+STATE, REASON, LATENCY, RESULTS = "trial_state", "trial_reason", "latency_ms", "results"
+_SIDE, _TIMES = 256, 5  # of the image whose reconstruction is timed, in pixels; measurements
+
+
+def run_trial(
+    given: dict[str, Any], sweep: SweepConfig, tracking: TrackingConfig
+) -> dict[str, Any]:
+    """Train a trial; runs in a process of its own, which Ray Tune starts again if it is lost."""
+    trial = make_trial(sweep, given["values"])
+    context = DataContext.get_current()
+    context.enable_progress_bars = False
+    context.raise_original_map_exception = True
+    run = replace(trial.settings.run, tracking=tracking)
+    state: State = "finished"
+    reason = ""
+    latency_ms = None
+    try:
+        settings = prepare(replace(trial.settings, run=run))
+        export = run_training(settings, [_Reports(settings)])
+        if sweep.latency:
+            latency_ms = _latency_of(settings, export)
+    except Diverged as error:
+        state, reason = "diverged", root_cause(error)
+    except OutOfMemory as error:
+        state, reason = "out of memory", root_cause(error)
+    except Exception as error:
+        state, reason = "failed", root_cause(error)
+    latest = latest_checkpoint(run.folder)
+    results = finite(latest[1]) if latest and state == "finished" else {}
+    return {STATE: state, REASON: reason, LATENCY: latency_ms, RESULTS: results}
+
+
+class _Reports(TuneReportCallback):
+    """Tells Ray Tune of a trial's checkpoints; of its last one the trial itself tells.
+
+    A trial that has come to its end must not be stopped before its weights are exported.
+    """
+
+    def __init__(self, settings: AutoencoderTraining) -> None:
+        super().__init__()
+        self._settings = settings
+        self._num_steps = sum(stage.steps for stage in settings.stages)
+
+    def after_report(
+        self, run_context: Any, metrics: list[dict[str, Any]], checkpoint: Any
+    ) -> None:
+        """Report a checkpoint; called in Ray Train's controller."""
+        step = int(metrics[0]["cursor"]["step"])
+        if step < self._num_steps:
+            work = work_of(self._settings, step)
+            numbers = finite(metrics[0])
+            report = numbers | {"step": step, "images": work.images, "flops": work.flops}
+            super().after_report(run_context, [report | {"metrics": numbers}], None)
+
+
+def _latency_of(settings: AutoencoderTraining, export: Folder) -> float:
+    """Return the milliseconds in which a worker of a training reconstructs a square image."""
+    run = settings.run
+    task = ray.remote(num_cpus=run.cpus_per_worker, num_gpus=int(run.use_gpu))(_time_reconstruction)
+    return ray.get(task.remote(export.uri, run.compute_dtype))
+
+
+def _time_reconstruction(location: str, dtype: str) -> float:
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model = load_autoencoder(location).to(device, getattr(torch, dtype))
+    image = torch.zeros(3, _SIDE, _SIDE)
+    seconds = []
+    for _ in range(_TIMES + 1):
+        start = time.perf_counter()
+        model.decode(model.encode(image))[0].cpu()  # waits for the device
+        seconds.append(time.perf_counter() - start)
+    return 1000 * statistics.median(seconds[1:])  # the first one also chooses kernels
