@@ -14,11 +14,15 @@ def __getattr__(name: str) -> Any:
     # Imported when asked for: the model brings torch's compiler, which takes seconds to import and
     # which the many processes that only read and decode images never need.
     if name == "Autoencoder":
-        from vitok import autoencoder as home
-    elif name == "AutoencoderConfig":
-        from vitok import variants as home
-    elif name in __all__:
-        from vitok import packed as home
-    else:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(home, name)
+        from vitok import autoencoder
+
+        return autoencoder.Autoencoder
+    if name == "AutoencoderConfig":
+        from vitok import variants
+
+        return variants.AutoencoderConfig
+    if name in __all__:
+        from vitok import packed
+
+        return getattr(packed, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
