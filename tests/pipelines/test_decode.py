@@ -1,4 +1,6 @@
+import hashlib
 import io
+import os
 import struct
 import subprocess
 import sys
@@ -516,3 +518,27 @@ def test_the_bytes_decide_what_an_image_is_and_what_stands_behind_it_is_nothing(
         np.testing.assert_array_equal(decode_rgb(jpeg + behind), expected)
         with pytest.raises(UnreadableImage, match="not an image with an intact header"):
             decode_rgb(behind + jpeg)
+
+
+def test_pixels_are_the_same_whatever_the_processor_can(cat: Image.Image, tmp_path: Path) -> None:
+    # Plans, packed rows and latent caches promise the same bytes on every machine.
+    sizes = [(40, 56), (113, 97), (16, 200), (333, 250)]
+    (tmp_path / "image.jpg").write_bytes(encode(cat, "JPEG"))
+    code = f"""
+import hashlib, pathlib, torch
+from pipelines.decode import decode_rgb
+data = pathlib.Path({str(tmp_path / "image.jpg")!r}).read_bytes()
+digests = [hashlib.sha256(decode_rgb(data, size=size).tobytes()).hexdigest() for size in {sizes}]
+print(torch.backends.cpu.get_cpu_capability(), *digests)
+"""
+    plain = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, "ATEN_CPU_CAPABILITY": "default"},
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout.split()
+    assert plain[0] == "DEFAULT", "torch's kernels without vector instructions"
+    data = encode(cat, "JPEG")
+    found = [hashlib.sha256(decode_rgb(data, size=size).tobytes()).hexdigest() for size in sizes]
+    assert found == plain[1:]
