@@ -78,7 +78,8 @@ class LatentCaching:
         unit_samples: samples of an input shard that make one file.
         row_tokens: tokens of a packed row, the unit of one forward pass.
         num_workers: encoder processes.
-        cpus_per_worker: CPU cores that Ray sets aside for each of them.
+        cpus_per_worker: CPU cores that Ray sets aside for each of them. Without a GPU they compute,
+            and a cache is finished with as many as it was begun with.
         use_gpu: encode on GPUs.
         cpus_per_reader: CPU cores of each task that decodes; there are as many as fit beside the
             encoders.
@@ -230,6 +231,7 @@ def identity_with(settings: LatentCaching, model: AutoencoderConfig, digest: str
         dtype=settings.dtype,
         compute_dtype=settings.compute_dtype,
         device="cuda" if settings.use_gpu else "cpu",
+        threads=0 if settings.use_gpu else max(1, int(settings.cpus_per_worker)),
         libraries=library_versions(),
         row_tokens=settings.row_tokens,
         unit_samples=settings.unit_samples,
@@ -358,6 +360,8 @@ class _EncoderActor:
                 f"{model}: the encoder is {found[:12]} here and {identity.encoder_digest[:12]} "
                 "where the job was started; give a model that all nodes see, and that stays"
             )
+        if identity.threads:
+            torch.set_num_threads(identity.threads)
         self._encode = Encoder(encoder.to(dtype), identity)
         self._patch_size = identity.patch_size
 
