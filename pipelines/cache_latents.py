@@ -14,7 +14,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from pipelines.cache_files import remove_unfinished
 from pipelines.corpus import Manifest
 from pipelines.encode_units import (
     Encoder,
@@ -166,7 +165,8 @@ def finish_cache(
         RuntimeError: too many samples were unreadable.
     """
     cache = Folder(settings.out)
-    remove_unfinished(cache.child(UNITS))
+    if cache.is_local:
+        cache.child(UNITS).remove_unfinished()
     records = read_records(cache, [name_of(identity, source, unit) for unit in units])
     _check_unreadable(settings, source, units, records)
     sources = [source_of(source, unit) for unit in units]
