@@ -5,8 +5,8 @@
 Ray Data keeps the three in step: what waits between them is bounded by the object store.
 """
 
-import json
 from dataclasses import replace
+from json import dumps, loads
 from pathlib import Path
 from typing import Any
 
@@ -84,6 +84,7 @@ class LatentCaching:
             encoders.
         max_unreadable: the job fails if more than this fraction of the samples is unreadable.
         dry_run: say what it would take, encode a few images to measure that, and write nothing.
+        json: print the result as JSON on the last line.
     """
 
     manifest: str = ""
@@ -104,6 +105,7 @@ class LatentCaching:
     cpus_per_reader: float = 1.0
     max_unreadable: float = 0.01
     dry_run: bool = False
+    json: bool = False
 
     def __post_init__(self) -> None:
         for name, choices in (("dtype", tuple(DTYPES)), ("compute_dtype", COMPUTE_DTYPES)):
@@ -324,8 +326,8 @@ class _Steps:
                 "tokens": np.stack([row.tokens for row in prepared.rows])[None],
                 "image_size": np.stack([row.image_size for row in prepared.rows])[None],
                 "max_seqlen": np.array([prepared.rows[0].max_seqlen]),
-                "members": np.array([json.dumps(prepared.members)]),
-                "skipped": np.array([json.dumps(prepared.skipped)]),
+                "members": np.array([dumps(prepared.members)]),
+                "skipped": np.array([dumps(prepared.skipped)]),
             }
 
     def commit(self, batch: dict[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
@@ -337,9 +339,9 @@ class _Steps:
             self._source,
             unit,
             identity,
-            json.loads(str(batch["members"][0])),
+            loads(str(batch["members"][0])),
             list(values),
-            [(key, reason) for key, reason in json.loads(str(batch["skipped"][0]))],
+            [(key, reason) for key, reason in loads(str(batch["skipped"][0]))],
         )
         commit_unit(Folder(self._settings.out), data, record)
         return {
