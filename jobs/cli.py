@@ -132,23 +132,9 @@ def evaluate(arguments: Sequence[str]) -> None:
 
 def encode(arguments: Sequence[str]) -> None:
     """encode a corpus into a latent cache by a recipe; goes on where it was stopped"""
-    from cluster.local import ray_session
-    from jobs.latents import dry_run
-    from pipelines.cache_latents import cache_latents
+    from jobs.latents import run_encoding
 
-    settings = _caching(arguments)
-    with ray_session():
-        if settings.dry_run:
-            dry_run(settings)
-            return
-        manifest = cache_latents(settings)
-    print(
-        f"{manifest.num_images} images, {manifest.num_latents} latents, {manifest.num_tokens} "
-        f"tokens, {manifest.num_bytes / 1e6:,.1f} MB"
-    )
-    if manifest.num_skipped:
-        print(f"skipped {manifest.num_skipped}: vitok latents ls {settings.out} --skipped")
-    print(f"cache: {settings.out}")
+    run_encoding(_caching(arguments))
 
 
 def reconstruct(arguments: Sequence[str]) -> None:

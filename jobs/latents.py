@@ -1,4 +1,4 @@
-"""`vitok latents`: what a cache holds, whether it is as it was written, and other formats of it."""
+"""`vitok encode` and `vitok latents`: caches written, checked, listed, in other formats."""
 
 import json as json_format
 from collections.abc import Callable
@@ -12,6 +12,28 @@ if TYPE_CHECKING:
     from pipelines.estimate_latents import CacheSize
 
 _MAX_LISTED = 20
+
+
+def run_encoding(settings: "LatentCaching") -> None:
+    """Encode what is not encoded yet, or say what that would take, and print what came of it."""
+    from cluster.local import ray_session
+    from pipelines.cache_latents import cache_latents
+    from vitok.config import to_dict
+
+    with ray_session():
+        if settings.dry_run:
+            _dry_run(settings)
+            return
+        manifest = cache_latents(settings)
+    print(
+        f"{manifest.num_images} images, {manifest.num_latents} latents, {manifest.num_tokens} "
+        f"tokens, {manifest.num_bytes / 1e6:,.1f} MB"
+    )
+    if manifest.num_skipped:
+        print(f"skipped {manifest.num_skipped}: vitok latents ls {settings.out} --skipped")
+    print(f"cache: {settings.out}")
+    if settings.json:
+        print(json_format.dumps({"cache": settings.out, **to_dict(manifest)}))
 
 
 def verify(
@@ -214,8 +236,7 @@ def plan(
         print(_describe(size))
 
 
-def dry_run(settings: "LatentCaching") -> None:
-    """Say what a cache would hold, and how long it would take; Ray is connected."""
+def _dry_run(settings: "LatentCaching") -> None:
     import ray
 
     from pipelines.cache_latents import identity_of
@@ -239,6 +260,8 @@ def dry_run(settings: "LatentCaching") -> None:
         f"  estimated time     {hours:.2f} hours with {settings.num_workers} encoders on "
         f"{num_cpus:g} cores"
     )
+    if settings.json:
+        print(json_format.dumps(asdict(size) | asdict(rates) | {"hours": hours}))
 
 
 def _describe(size: "CacheSize") -> str:

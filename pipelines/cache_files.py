@@ -11,8 +11,6 @@ from pathlib import Path
 from pipelines.objects import RemoteObject, delete_object, list_objects, put_object
 from vitok.storage import Folder
 
-_UNFINISHED = ".part"
-
 
 def read_file(folder: Folder, name: str) -> bytes:
     """Return the contents of a file.
@@ -67,15 +65,8 @@ def remove_file(folder: Folder, name: str) -> None:
         delete_object(f"{folder.uri}/{name}")
 
 
-def remove_unfinished(folder: Folder) -> None:
-    """Delete what writers that died in the middle left on a disk; a store keeps nothing of it."""
-    for name in folder.names() if folder.is_local else ():
-        if name.endswith(_UNFINISHED):
-            remove_file(folder, name)
-
-
 def _write_local(path: Path, data: bytes) -> None:
-    unfinished = path.with_name(f"{path.name}.{uuid.uuid4().hex}{_UNFINISHED}")
+    unfinished = path.with_name(f"{path.name}.{uuid.uuid4().hex}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with unfinished.open("wb") as stream:

@@ -5,8 +5,8 @@
 Ray Data keeps the three in step: what waits between them is bounded by the object store.
 """
 
-import json
 from dataclasses import replace
+from json import dumps, loads
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from pipelines.cache_files import remove_unfinished
 from pipelines.corpus import Manifest
 from pipelines.encode_units import (
     Encoder,
@@ -78,12 +77,14 @@ class LatentCaching:
         unit_samples: samples of an input shard that make one file.
         row_tokens: tokens of a packed row, the unit of one forward pass.
         num_workers: encoder processes.
-        cpus_per_worker: CPU cores that Ray sets aside for each of them.
+        cpus_per_worker: CPU cores that Ray sets aside for each of them. Without a GPU they compute,
+            and a cache is finished with as many as it was begun with.
         use_gpu: encode on GPUs.
         cpus_per_reader: CPU cores of each task that decodes; there are as many as fit beside the
             encoders.
         max_unreadable: the job fails if more than this fraction of the samples is unreadable.
         dry_run: say what it would take, encode a few images to measure that, and write nothing.
+        json: print the result as JSON on the last line.
     """
 
     manifest: str = ""
@@ -104,6 +105,7 @@ class LatentCaching:
     cpus_per_reader: float = 1.0
     max_unreadable: float = 0.01
     dry_run: bool = False
+    json: bool = False
 
     def __post_init__(self) -> None:
         for name, choices in (("dtype", tuple(DTYPES)), ("compute_dtype", COMPUTE_DTYPES)):
@@ -165,7 +167,8 @@ def finish_cache(
         RuntimeError: too many samples were unreadable.
     """
     cache = Folder(settings.out)
-    remove_unfinished(cache.child(UNITS))
+    if cache.is_local:
+        cache.child(UNITS).remove_unfinished()
     records = read_records(cache, [name_of(identity, source, unit) for unit in units])
     _check_unreadable(settings, source, units, records)
     sources = [source_of(source, unit) for unit in units]
@@ -230,6 +233,7 @@ def identity_with(settings: LatentCaching, model: AutoencoderConfig, digest: str
         dtype=settings.dtype,
         compute_dtype=settings.compute_dtype,
         device="cuda" if settings.use_gpu else "cpu",
+        threads=0 if settings.use_gpu else max(1, int(settings.cpus_per_worker)),
         libraries=library_versions(),
         row_tokens=settings.row_tokens,
         unit_samples=settings.unit_samples,
@@ -322,8 +326,8 @@ class _Steps:
                 "tokens": np.stack([row.tokens for row in prepared.rows])[None],
                 "image_size": np.stack([row.image_size for row in prepared.rows])[None],
                 "max_seqlen": np.array([prepared.rows[0].max_seqlen]),
-                "members": np.array([json.dumps(prepared.members)]),
-                "skipped": np.array([json.dumps(prepared.skipped)]),
+                "members": np.array([dumps(prepared.members)]),
+                "skipped": np.array([dumps(prepared.skipped)]),
             }
 
     def commit(self, batch: dict[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
@@ -335,9 +339,9 @@ class _Steps:
             self._source,
             unit,
             identity,
-            json.loads(str(batch["members"][0])),
+            loads(str(batch["members"][0])),
             list(values),
-            [(key, reason) for key, reason in json.loads(str(batch["skipped"][0]))],
+            [(key, reason) for key, reason in loads(str(batch["skipped"][0]))],
         )
         commit_unit(Folder(self._settings.out), data, record)
         return {
@@ -358,6 +362,8 @@ class _EncoderActor:
                 f"{model}: the encoder is {found[:12]} here and {identity.encoder_digest[:12]} "
                 "where the job was started; give a model that all nodes see, and that stays"
             )
+        if identity.threads:
+            torch.set_num_threads(identity.threads)
         self._encode = Encoder(encoder.to(dtype), identity)
         self._patch_size = identity.patch_size
 

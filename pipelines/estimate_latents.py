@@ -122,7 +122,7 @@ def measure_rates(settings: LatentCaching, source: Manifest, identity: CacheIden
         reader_s = time.perf_counter() - start
         if identity.device == "cuda" and not torch.cuda.is_available():
             return Rates(reader_images_per_s=count / reader_s, encoder_images_per_s=0.0)
-        torch.set_num_threads(max(1, int(settings.cpus_per_worker)))
+        torch.set_num_threads(identity.threads or threads)
         encode = Encoder(load_autoencoder(settings.model, part="encoder"), identity)
         encode(prepared.rows[:1])
         start = time.perf_counter()

@@ -44,6 +44,7 @@ class CacheIdentity:
         dtype: of the stored latents.
         compute_dtype: in which the encoder computed.
         device: kind of device that computed: cpu or cuda. Kernels of others round differently.
+        threads: of each encoder on CPUs, as their products are cut by it; 0 on GPUs.
         libraries: versions of what decodes, resizes and computes.
         row_tokens: of the packed rows that were encoded.
         unit_samples: samples of an input shard that make one unit, which is packed by itself.
@@ -58,6 +59,7 @@ class CacheIdentity:
     dtype: str
     compute_dtype: str = "bfloat16"
     device: str = "cpu"
+    threads: int = 0
     libraries: str = ""
     row_tokens: int
     unit_samples: int

@@ -59,8 +59,11 @@ def test_dry_run_says_what_it_will_take_and_writes_nothing(
 ) -> None:
     given = ["encode", "quickstart", "--manifest", str(sample_manifests[0])]
     given += ["--model", str(tiny_weights), "--out", str(tmp_path / "cache"), "--dry-run"]
-    assert main(given) == 0
+    assert main([*given, "--json"]) == 0
     out = capsys.readouterr().out
+    found = json.loads(out.splitlines()[-1])
+    assert found["num_images"] == 60
+    assert found["hours"] > 0
     assert out.startswith("60 images in ")
     assert re.search(r"measured here +[\d.,]+ images/s a reader, an encoder [\d.,]+", out)
     assert re.search(r"estimated time +[\d.]+ hours with 2 encoders on 4 cores", out)

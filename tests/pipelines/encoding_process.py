@@ -14,10 +14,10 @@ from vitok.storage import Folder
 
 def encode_all(settings: LatentCaching) -> None:
     """Do what the job does, unit after unit; goes on where it was stopped."""
-    torch.set_num_threads(1)
     settings = complete(settings)
     source, cache = Manifest.load(settings.manifest), Folder(settings.out)
     identity = identity_of(settings)
+    torch.set_num_threads(identity.threads)
     claim_cache(cache, identity)
     units = units_of(source, settings.unit_samples)
     encode = Encoder(load_autoencoder(settings.model, part="encoder"), identity)

@@ -358,6 +358,7 @@ def test_cache_of_another_transform_or_encoder_is_refused(caching: LatentCaching
     for change, difference in (
         ({"token_budgets": (64,)}, r"transforms\.0\.token_budget: 36 -> 64"),
         ({"flip": True}, r"flip: False -> True"),
+        ({"cpus_per_worker": 3.5}, r"threads: 1 -> 3"),
         ({"dtype": "float32"}, r"dtype: 'bfloat16' -> 'float32'"),
     ):
         with pytest.raises(ValueError, match=rf"holds another cache \({difference}\); choose"):

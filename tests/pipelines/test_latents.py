@@ -314,6 +314,7 @@ def test_unit_name_depends_on_everything_that_its_bytes_depend_on() -> None:
         {"dtype": "float32"},
         {"compute_dtype": "float32"},
         {"device": "cuda"},
+        {"threads": 2},
         {"libraries": "torch 1"},
         {"row_tokens": 65},
         {"unit_samples": 9},
