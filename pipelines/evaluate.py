@@ -30,6 +30,8 @@ from pipelines.subjects import SOURCE, SubjectFacts, SubjectSpec
 from pipelines.whole_images import Transform
 from vitok.frechet import FeatureMoments, Gaussian, few_samples, frechet_distance
 
+# Adding the products of features to their sums takes as long for one image as for hundreds.
+_FEATURES_AT_ONCE = 1024
 # What a subject may fail with that has nothing to do with an image.
 _NO_SUBJECT = (FileNotFoundError, ValueError, ImportError, RuntimeError)
 
@@ -284,11 +286,21 @@ def _collect(
     """Evaluate all slices; returns images sorted by key, and the sums of their features."""
     images: list[EvaluatedImage] = []
     moments: dict[str, FeatureMoments] = {}
+    waiting: dict[str, list[NDArray[np.float32]]] = {}
+
+    def add(network: str) -> None:
+        features = np.concatenate(waiting.pop(network))
+        moments.setdefault(network, FeatureMoments(features.shape[1])).add(features)
+
     for part, found in pool.evaluate(run.slices, transform):
         images += found.images
         for network, features in found.features.items():
-            moments.setdefault(network, FeatureMoments(features.shape[1])).add(features)
+            waiting.setdefault(network, []).append(features)
+            if sum(map(len, waiting[network])) >= _FEATURES_AT_ONCE:
+                add(network)
         done(len(part.keys))
+    for network in list(waiting):
+        add(network)
     return sorted(images, key=lambda image: image.key), moments
 
 

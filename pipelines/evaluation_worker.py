@@ -202,6 +202,7 @@ class Evaluator:
                 for key, source, output in zip(keys, sources, outputs, strict=True)
             ]
         except Exception as error:  # whatever a subject does must not end the evaluation
+            torch.cuda.empty_cache()
             if len(sources) > 1:
                 alone = zip(keys, sources, strict=True)
                 return [found for pair in alone for found in self._attempt(*([x] for x in pair))]
