@@ -46,6 +46,7 @@ class Scores:
         psnr, ssim, baseline_psnr, lpips: means over images, see EvaluatedImage.
         rfid, rfdd: Fréchet distances of Inception-v3 and DINOv3 features.
         seconds, peak_mb: medians over images.
+        compression_ratio, bits_per_pixel, digest, device: see SubjectFacts.
         warnings: why figures mean little.
     """
 
@@ -64,6 +65,7 @@ class Scores:
     compression_ratio: float | None
     bits_per_pixel: float | None
     digest: str
+    device: str
     warnings: tuple[str, ...]
 
 
@@ -359,6 +361,7 @@ def _score(
         compression_ratio=facts.compression_ratio,
         bits_per_pixel=facts.bits_per_pixel,
         digest=facts.digest,
+        device=facts.device,
         warnings=warnings,
     )
 
