@@ -97,8 +97,13 @@ class EvaluationResult:
         return digest_of(self.keys)
 
 
-def evaluate(settings: EvaluationConfig) -> EvaluationResult:
+def evaluate(
+    settings: EvaluationConfig, save: Callable[[EvaluationResult], None] | None = None
+) -> EvaluationResult:
     """Evaluate every subject at every resolution; on the connected Ray cluster, if it has workers.
+
+    Args:
+        save: is given what is found so far after every subject, which may take hours.
 
     Raises:
         FileNotFoundError: the images, a network or its statistics are not there; or no subject is.
@@ -121,6 +126,8 @@ def evaluate(settings: EvaluationConfig) -> EvaluationResult:
                 result.failed[spec.title] = root_cause(error)
                 continue
             bits_per_pixel = bits_per_pixel or facts.bits_per_pixel or 0.0
+            if save is not None:
+                save(result)
     if not result.scores:
         raise ValueError("; ".join(f"{name}: {why}" for name, why in result.failed.items()))
     if not any(score.num_images for score in result.scores):

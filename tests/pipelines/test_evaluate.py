@@ -212,7 +212,13 @@ def test_a_subject_that_cannot_be_loaded_is_named_and_the_others_evaluated(
     settings: EvaluationConfig, tmp_path: Path
 ) -> None:
     nowhere = str(tmp_path / "nowhere")
-    result = evaluate(replace(settings, subjects=(nowhere, "jpeg,bits_per_pixel=2")))
+    saved: list[tuple[int, int]] = []
+    result = evaluate(
+        replace(settings, subjects=(nowhere, "jpeg,bits_per_pixel=2", "webp,bits_per_pixel=2")),
+        lambda found: saved.append((len(found.failed), len(found.scores))),
+    )
+    assert saved == [(1, 1), (1, 2)], "what is found so far"
+    assert result.scores.pop().subject == "webp"
     assert [score.subject for score in result.scores] == ["jpeg"]
     assert result.failed[nowhere].startswith(f"{nowhere} holds no encoder.safetensors; give the")
     with pytest.raises(ValueError, match="holds no encoder"):
