@@ -117,7 +117,7 @@ def evaluate(arguments: Sequence[str]) -> None:
     settings = _evaluation(arguments)
     out = local_folder(settings.out)
     with ray_session() if settings.num_workers else nullcontext():
-        result = run_evaluation(settings)
+        result = run_evaluation(settings, lambda found: write_results(settings, found, out))
     write_results(settings, result, out)
     log_to_runs(settings, result, out)
     if settings.json:

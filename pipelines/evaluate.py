@@ -30,6 +30,8 @@ from pipelines.subjects import SOURCE, SubjectFacts, SubjectSpec
 from pipelines.whole_images import Transform
 from vitok.frechet import FeatureMoments, Gaussian, few_samples, frechet_distance
 
+# Adding the products of features to their sums takes as long for one image as for hundreds.
+_FEATURES_AT_ONCE = 1024
 # What a subject may fail with that has nothing to do with an image.
 _NO_SUBJECT = (FileNotFoundError, ValueError, ImportError, RuntimeError)
 
@@ -44,6 +46,7 @@ class Scores:
         psnr, ssim, baseline_psnr, lpips: means over images, see EvaluatedImage.
         rfid, rfdd: Fréchet distances of Inception-v3 and DINOv3 features.
         seconds, peak_mb: medians over images.
+        compression_ratio, bits_per_pixel, digest, device: see SubjectFacts.
         warnings: why figures mean little.
     """
 
@@ -62,6 +65,7 @@ class Scores:
     compression_ratio: float | None
     bits_per_pixel: float | None
     digest: str
+    device: str
     warnings: tuple[str, ...]
 
 
@@ -93,8 +97,13 @@ class EvaluationResult:
         return digest_of(self.keys)
 
 
-def evaluate(settings: EvaluationConfig) -> EvaluationResult:
+def evaluate(
+    settings: EvaluationConfig, save: Callable[[EvaluationResult], None] | None = None
+) -> EvaluationResult:
     """Evaluate every subject at every resolution; on the connected Ray cluster, if it has workers.
+
+    Args:
+        save: is given what is found so far after every subject, which may take hours.
 
     Raises:
         FileNotFoundError: the images, a network or its statistics are not there; or no subject is.
@@ -117,6 +126,8 @@ def evaluate(settings: EvaluationConfig) -> EvaluationResult:
                 result.failed[spec.title] = root_cause(error)
                 continue
             bits_per_pixel = bits_per_pixel or facts.bits_per_pixel or 0.0
+            if save is not None:
+                save(result)
     if not result.scores:
         raise ValueError("; ".join(f"{name}: {why}" for name, why in result.failed.items()))
     if not any(score.num_images for score in result.scores):
@@ -284,11 +295,21 @@ def _collect(
     """Evaluate all slices; returns images sorted by key, and the sums of their features."""
     images: list[EvaluatedImage] = []
     moments: dict[str, FeatureMoments] = {}
+    waiting: dict[str, list[NDArray[np.float32]]] = {}
+
+    def add(network: str) -> None:
+        features = np.concatenate(waiting.pop(network))
+        moments.setdefault(network, FeatureMoments(features.shape[1])).add(features)
+
     for part, found in pool.evaluate(run.slices, transform):
         images += found.images
         for network, features in found.features.items():
-            moments.setdefault(network, FeatureMoments(features.shape[1])).add(features)
+            waiting.setdefault(network, []).append(features)
+            if sum(map(len, waiting[network])) >= _FEATURES_AT_ONCE:
+                add(network)
         done(len(part.keys))
+    for network in list(waiting):
+        add(network)
     return sorted(images, key=lambda image: image.key), moments
 
 
@@ -347,6 +368,7 @@ def _score(
         compression_ratio=facts.compression_ratio,
         bits_per_pixel=facts.bits_per_pixel,
         digest=facts.digest,
+        device=facts.device,
         warnings=warnings,
     )
 

@@ -29,7 +29,7 @@ class EvaluationConfig:
         row_tokens: patches of patch_size of one pass; a larger image is a pass of its own.
         repeats: time every image alone, so often after a first pass that is not timed; 0 times the
             passes as they are.
-        timeout_s: for each image. Without num_workers there is no limit.
+        timeout_s: for each image, all its repeats included. Without num_workers there is no limit.
         networks: what judges beside PSNR and SSIM.
         inception_reference: .npz statistics that rFID compares with, instead of those of the
             sources at the same resolution.

@@ -61,8 +61,15 @@ class WorkerPool:
         self.facts, self.digests = _load(self._idle)[0]
 
     def call(self, method: str, *arguments: Any) -> Any:
-        """Call a method of one worker."""
-        return ray.get(getattr(self._idle[0], method).remote(*arguments))
+        """Call a method of one worker.
+
+        Raises:
+            RuntimeError: the worker died of it.
+        """
+        result, reason = _fetch(getattr(self._idle[0], method).remote(*arguments))
+        if result is None:
+            raise RuntimeError(f"{method}: {reason}")
+        return result
 
     def evaluate(
         self, slices: Sequence[Slice], transform: Transform
@@ -140,7 +147,7 @@ def _load(actors: Sequence[Any]) -> list[tuple[SubjectFacts, dict[str, str]]]:
         ) from error
 
 
-def _fetch(reference: Any) -> tuple[SliceResult | None, str]:
+def _fetch(reference: Any) -> tuple[Any, str]:
     """Return a result, or why its worker is gone."""
     try:
         return ray.get(reference), ""

@@ -56,7 +56,11 @@ def write_results(settings: EvaluationConfig, result: EvaluationResult, out: Pat
 
 
 def log_to_runs(settings: EvaluationConfig, result: EvaluationResult, out: Path) -> None:
-    """Record scores and files under the MLflow run of every subject that is one of ours."""
+    """Record scores and files under the MLflow run of every subject that is one of ours.
+
+    The name of the folder tells evaluations of one run apart.
+    """
+    place = "/".join(dict.fromkeys(["evaluation", out.name]))
     for spec in settings.specs():
         scores = [score for score in result.scores if score.subject == spec.title]
         run = run_around(Folder.of(spec.location)) if scores and spec.is_ours else None
@@ -64,7 +68,7 @@ def log_to_runs(settings: EvaluationConfig, result: EvaluationResult, out: Path)
             continue
         tracker = run_tracker(run)
         metrics = {
-            f"evaluation/{score.resolution.replace(' ', '_')}/{name}": float(value)
+            f"{place}/{score.resolution.replace(' ', '_')}/{name}": float(value)
             for score in scores
             for name in _SCORES_IN_MLFLOW
             if (value := getattr(score, name)) is not None
@@ -72,8 +76,8 @@ def log_to_runs(settings: EvaluationConfig, result: EvaluationResult, out: Path)
         tracker.log_metrics(metrics, _step_of(Folder.of(spec.location), run))
         for name in (RESULTS, IMAGES, SAMPLES, REPORT, PICTURE, "plots", "pictures"):
             if (out / name).exists():
-                place = "evaluation" if (out / name).is_file() else f"evaluation/{name}"
-                tracker.log_files(out / name, place)
+                below = "" if (out / name).is_file() else f"/{name}"
+                tracker.log_files(out / name, place + below)
         tracker.close()
 
 
@@ -157,7 +161,6 @@ def _draw_latency(scores: Sequence[Scores], folder: Path) -> None:
 
 
 def _document(settings: EvaluationConfig, result: EvaluationResult) -> dict[str, Any]:
-    device = torch.cuda.get_device_name() if settings.use_gpu else "CPU"
     return {
         "settings": to_dict(settings),
         "samples": {"count": len(result.keys), "digest": result.samples_digest, "list": SAMPLES},
@@ -170,7 +173,7 @@ def _document(settings: EvaluationConfig, result: EvaluationResult) -> dict[str,
             for image in images
             if image.status != OK
         ],
-        "environment": {"torch": torch.__version__, "device": device},
+        "torch": torch.__version__,
     }
 
 

@@ -141,7 +141,9 @@ class Evaluator:
             loaded = load_lpips(self._extractors.lpips, option="lpips", without="leave lpips empty")
             self._lpips = loaded.to(self._device)
         digests = {name: network.digest for name, network in self._networks.items()}
-        return self._subject.facts, digests
+        is_gpu = self._device.type == "cuda"
+        device = torch.cuda.get_device_name(self._device) if is_gpu else "CPU"
+        return replace(self._subject.facts, device=device), digests
 
     def evaluate(self, sample_ids: NDArray[np.int64], transform: Transform) -> SliceResult:
         """Reconstruct some samples and judge them; what fails is a result that says why."""
@@ -202,6 +204,7 @@ class Evaluator:
                 for key, source, output in zip(keys, sources, outputs, strict=True)
             ]
         except Exception as error:  # whatever a subject does must not end the evaluation
+            torch.cuda.empty_cache()
             if len(sources) > 1:
                 alone = zip(keys, sources, strict=True)
                 return [found for pair in alone for found in self._attempt(*([x] for x in pair))]

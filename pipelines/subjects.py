@@ -116,11 +116,13 @@ class SubjectFacts:
         compression_ratio: numbers of the image for each number of its latent; None for codecs.
         bits_per_pixel: of latents at 16 bits a number; of a codec, at most.
         digest: sha256 (hex) of the weights at the precision in use; empty for codecs.
+        device: GPU or processor that it runs on.
     """
 
     compression_ratio: float | None = None
     bits_per_pixel: float | None = None
     digest: str = ""
+    device: str = ""
 
 
 @dataclass(frozen=True, eq=False)

@@ -38,7 +38,8 @@ def load_dino(weights: str, option: str) -> nn.Module:
     from transformers import DINOv3ViTModel
     from transformers.utils import logging
 
-    logging.disable_progress_bar()  # type: ignore[no-untyped-call]  # the screen belongs to the caller
+    # The screen belongs to the caller.
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     try:
         loaded: Any = DINOv3ViTModel.from_pretrained(
             weights,

@@ -212,7 +212,13 @@ def test_a_subject_that_cannot_be_loaded_is_named_and_the_others_evaluated(
     settings: EvaluationConfig, tmp_path: Path
 ) -> None:
     nowhere = str(tmp_path / "nowhere")
-    result = evaluate(replace(settings, subjects=(nowhere, "jpeg,bits_per_pixel=2")))
+    saved: list[tuple[int, int]] = []
+    result = evaluate(
+        replace(settings, subjects=(nowhere, "jpeg,bits_per_pixel=2", "webp,bits_per_pixel=2")),
+        lambda found: saved.append((len(found.failed), len(found.scores))),
+    )
+    assert saved == [(1, 1), (1, 2)], "what is found so far"
+    assert result.scores.pop().subject == "webp"
     assert [score.subject for score in result.scores] == ["jpeg"]
     assert result.failed[nowhere].startswith(f"{nowhere} holds no encoder.safetensors; give the")
     with pytest.raises(ValueError, match="holds no encoder"):
@@ -260,6 +266,31 @@ def test_latency_is_that_of_each_image_alone_after_a_first_pass(
     assert passes == [1] * (11 * 4)
     (images,) = result.images.values()
     assert all(image.seconds > 0 and image.peak_mb >= 0 for image in images)
+
+
+def test_lpips_compares_whole_images(
+    settings: EvaluationConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class MeanDifference(torch.nn.Module):
+        def forward(self, output: Tensor, source: Tensor) -> Tensor:
+            assert output.shape == source.shape
+            assert output.abs().max() <= 1
+            return (output - source).abs().mean().reshape(1, 1, 1, 1)
+
+    def load(weights: str, option: str, without: str) -> torch.nn.Module:
+        assert weights == str(tmp_path / "vgg.safetensors")
+        return MeanDifference()
+
+    monkeypatch.setattr(evaluation_worker, "load_lpips", load)
+    (tmp_path / "vgg.safetensors").touch()
+    networks = ExtractorConfig(lpips=str(tmp_path / "vgg.safetensors"))
+    result = evaluate(replace(settings, networks=networks, max_images=3))
+    (images,) = result.images.values()
+    model = load_autoencoder(settings.specs()[0].location)
+    for found, source in zip(images, sources(settings, result.keys), strict=True):
+        (output,) = model.decode(model.encode(source))
+        assert found.lpips == pytest.approx((output - source).abs().mean().item(), rel=1e-3)
+    assert result.scores[0].lpips == pytest.approx(sum(image.lpips for image in images) / 3)
 
 
 @pytest.mark.parametrize(
