@@ -98,6 +98,13 @@ def sample(arguments: Sequence[str]) -> None:
     tyro.cli(flow.sample, args=arguments, prog="vitok sample")
 
 
+def curves(arguments: Sequence[str]) -> None:
+    """a metric of generators' trainings against the operations they took"""
+    from jobs import flow
+
+    tyro.cli(flow.curves, args=arguments, prog="vitok curves")
+
+
 def generate(arguments: Sequence[str]) -> None:
     """many images of a generator as shards; goes on where it was stopped"""
     from jobs import flow
@@ -411,6 +418,7 @@ COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
     "flow": flow,
     "sample": sample,
     "generate": generate,
+    "curves": curves,
     "sweep": sweep,
     "evaluate": evaluate,
     "reconstruct": reconstruct,
