@@ -41,7 +41,7 @@ def sample(
         label: classes, each sampled `count` times in a row of seeds; none spreads `count` images
             over all classes.
         seed: of the first image of each class; the same seed, class and size give the same image.
-        count: images.
+        count: how many images.
         size: HEIGHTxWIDTH in pixels, of any aspect ratio, enlarged to whole patches.
         steps: from noise to data.
         method: of integration.

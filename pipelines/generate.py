@@ -45,7 +45,7 @@ class Generation:
         run: folder of a flow training; its newest checkpoint is taken.
         out: where the shards go: a folder or `s3://` prefix.
         autoencoder: whose decoder makes pixels; the run's own if empty.
-        num_images: samples.
+        num_images: how many samples.
         size: of every sample in pixels (height, width), enlarged to whole patches.
         sampler: how latents are sampled.
         seed: of the first sample; the others count on from it.
