@@ -109,7 +109,7 @@ def generate(arguments: Sequence[str]) -> None:
     """many images of a generator as shards; goes on where it was stopped"""
     from jobs import flow
 
-    flow.generate_set(arguments)
+    flow.generate_set(_generation(arguments))
 
 
 def evaluate(arguments: Sequence[str]) -> None:
@@ -397,6 +397,12 @@ def _flow(arguments: Sequence[str]) -> Any:
     return _recipe(FLOWS, arguments, "flow")
 
 
+def _generation(arguments: Sequence[str]) -> Any:
+    from pipelines.generate import Generation
+
+    return tyro.cli(Generation, args=arguments, prog="vitok generate")
+
+
 def _sweep(arguments: Sequence[str]) -> Any:
     from jobs.sweep_recipes import SWEEPS
 
@@ -407,6 +413,7 @@ def _sweep(arguments: Sequence[str]) -> Any:
 SUBMITTED: dict[str, Callable[[Sequence[str]], Any]] = {
     "train": _training,
     "flow": _flow,
+    "generate": _generation,
     "sweep": _sweep,
     "encode": _caching,
     "evaluate": _evaluation,

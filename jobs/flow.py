@@ -1,7 +1,6 @@
 """`vitok sample`: a sheet of generated images, or a whole set of them as shards."""
 
 import time
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -73,11 +72,10 @@ def sample(
     print(f"{len(images)} images of {pixels[0]} x {pixels[1]} pixels in {seconds:.1f} s: {out}")
 
 
-def generate_set(arguments: Sequence[str]) -> None:
+def generate_set(settings: Generation) -> None:
     """Sample many images as WebDataset shards on a Ray cluster; goes on where it was stopped."""
     from cluster.local import ray_session
 
-    settings = tyro.cli(Generation, args=arguments, prog="vitok generate")
     with ray_session():
         shards = generate(settings)
     print(f"{settings.num_images} images in {len(shards)} shards: {Folder.of(settings.out).uri}")
