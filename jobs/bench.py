@@ -278,6 +278,83 @@ def train(
     _finish("train", {"model": model, "row_tokens": row_tokens, **rounded}, threads)
 
 
+def flow(
+    width: int = 768,
+    depth: int = 12,
+    heads: int = 12,
+    autoencoder: str = "Ld4-B/16x64",
+    token_budget: int = 256,
+    row_tokens: int = 4096,
+    rows_per_step: int = 1,
+    steps: int = 7,
+    ray_steps: int = 12,
+    compile: bool = True,
+    float8: bool = False,
+    shards: tuple[str, ...] = (),
+    threads: int = os.cpu_count() or 1,
+    json: bool = False,
+) -> None:
+    """Flow training on cached latents through Ray and in memory, and what the cache saves.
+
+    Args:
+        width: channels of the generator.
+        depth: its blocks.
+        heads: its attention heads.
+        autoencoder: whose latents these are, a name; random weights.
+        token_budget: most tokens of an image.
+        row_tokens: tokens of a packed row.
+        rows_per_step: rows that are accumulated in a step.
+        steps: on rows in memory, two of which warm up.
+        ray_steps: steps through Ray.
+        compile: compile the blocks.
+        float8: compute the blocks in float8; needs compute capability 8.9.
+        shards: as for the benchmark ingest.
+        threads: CPU threads.
+        json: print the JSON alone.
+    """
+    from jobs.bench_flow import measure_flow
+    from jobs.bench_train import StepFigures
+    from vitok.dit import DiTConfig
+    from vitok.parallel import ParallelConfig
+    from vitok.variants import AutoencoderConfig
+
+    torch.set_num_threads(threads)
+
+    def show(name: str, figures: StepFigures) -> None:
+        if not json:
+            print(
+                f"{name:<12} {figures.seconds:8.3f} s/step {figures.tokens_per_s:10.0f} tokens/s "
+                f"{figures.mfu:6.1%} of {figures.peak_flops / 1e12:.3g} TFLOP/s",
+                flush=True,
+            )
+
+    figures = measure_flow(
+        model=DiTConfig(
+            latent_channels=AutoencoderConfig.from_name(autoencoder).latent_channels,
+            width=width,
+            depth=depth,
+            heads=heads,
+            num_classes=1000,
+        ),
+        autoencoder=autoencoder,
+        token_budget=token_budget,
+        row_tokens=row_tokens,
+        rows_per_step=rows_per_step,
+        steps=steps,
+        ray_steps=ray_steps,
+        parallel=ParallelConfig(compile=compile, float8=float8),
+        shards=shards,
+        threads=threads,
+        show=show,
+    )
+    rounded = {k: round(v, 4) if isinstance(v, float) else v for k, v in figures.items()}
+    if not json:
+        for name, figure in rounded.items():
+            print(f"{name:<26} {figure}")
+    shape = {"width": width, "depth": depth, "autoencoder": autoencoder, "row_tokens": row_tokens}
+    _finish("flow", {**shape, **rounded}, threads)
+
+
 def quality(
     minutes: float = 10.0,
     train_shards: tuple[str, ...] = (),
@@ -400,6 +477,7 @@ BENCHMARKS: dict[str, Callable[..., None]] = {
     "ingest": ingest,
     "encode": encode,
     "train": train,
+    "flow": flow,
     "quality": quality,
 }
 

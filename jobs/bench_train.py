@@ -36,10 +36,11 @@ from vitok.initialize import start_at_random
 from vitok.losses import LossConfig, ReconstructionLoss
 from vitok.optim import Optimizers, build_optimizer
 from vitok.parallel import ParallelConfig, prepare_blocks, shard_model
+from vitok.storage import Folder
 from vitok.variants import AutoencoderConfig
 
 # The first steps of a run compile, allocate and fill queues.
-_WARM_UP_STEPS = 2
+WARM_UP_STEPS = 2
 _SAMPLED_IMAGES = 256  # tell how many fill a row
 # The ranges in which FSDP2 moves weights and gradients, as it names them for the profiler.
 _FSDP_TRANSFERS = ("FSDP::all_gather", "FSDP::post_backward_reduce")
@@ -90,7 +91,7 @@ def measure_training(
     with (
         indexed_shards(shards) as manifest,
         tempfile.TemporaryDirectory(prefix="vitok-bench-") as folder,
-        _one_rank(),
+        one_rank(),
     ):
         stage = Stage(
             steps=max(steps, ray_steps),
@@ -165,6 +166,37 @@ def _batches(plan: Plan, steps: int) -> list[StepRows]:
     return [StepRows(step, load_step(plan, step), {}) for step in range(steps)]
 
 
+def time_steps(
+    model: nn.Module,
+    optimizer: Optimizers,
+    recipe: Recipe,
+    batches: Sequence[StepRows],
+    device: torch.device,
+) -> StepFigures:
+    """Train on batches in turn, as the loop does; the first steps are not counted.
+
+    The peak is taken before and after every step: on a shared machine it changes by the minute.
+    """
+    seconds, tokens_per_s, mfu, peaks = [], [], [], []
+    peak = peak_flops(device).flops_per_s
+    for batch in batches:
+        start = seconds_now(device)
+        train_step(model, optimizer, recipe, batch, 1.0, device, leaves=False)
+        taken = seconds_now(device) - start
+        before, peak = peak, peak_flops(device).flops_per_s
+        seconds.append(taken)
+        tokens_per_s.append(sum(row.num_tokens for row in batch.rows) / taken)
+        peaks.append((before + peak) / 2)
+        mfu.append(sum(map(recipe.flops, batch.rows)) / taken / peaks[-1])
+    counted = slice(WARM_UP_STEPS, None)
+    return StepFigures(
+        seconds=median(seconds[counted]),
+        tokens_per_s=median(tokens_per_s[counted]),
+        mfu=median(mfu[counted]),
+        peak_flops=median(peaks[counted]),
+    )
+
+
 @dataclass(frozen=True)
 class _Trainee:
     """A model that is trained in this process, as the loop of a training does it."""
@@ -199,37 +231,15 @@ class _Trainee:
         return cls(model, optimizer, recipe, loss, settings, device)
 
     def measure(self, batches: Sequence[StepRows]) -> StepFigures:
-        """Train on the batches in turn; the first steps are not counted.
-
-        The peak is taken before and after every step: on a shared machine it changes by the minute.
-        """
-        seconds, tokens_per_s, mfu, peaks = [], [], [], []
-        peak = peak_flops(self.device).flops_per_s
-        for batch in batches:
-            start = self._now()
-            train_step(
-                self.model, self.optimizer, self.recipe, batch, 1.0, self.device, leaves=False
-            )
-            taken = self._now() - start
-            before, peak = peak, peak_flops(self.device).flops_per_s
-            seconds.append(taken)
-            tokens_per_s.append(sum(row.num_tokens for row in batch.rows) / taken)
-            peaks.append((before + peak) / 2)
-            mfu.append(sum(map(self.recipe.flops, batch.rows)) / taken / peaks[-1])
-        counted = slice(_WARM_UP_STEPS, None)
-        return StepFigures(
-            seconds=median(seconds[counted]),
-            tokens_per_s=median(tokens_per_s[counted]),
-            mfu=median(mfu[counted]),
-            peak_flops=median(peaks[counted]),
-        )
+        """Train on the batches in turn; see time_steps."""
+        return time_steps(self.model, self.optimizer, self.recipe, batches, self.device)
 
     def shares(self, batches: Sequence[StepRows]) -> dict[str, float]:
         """Return the share of a step that each of its parts takes, medians over the batches.
 
         Communication, which FSDP2 does during forward and backward, is counted in them too.
         """
-        rows = [batch.rows[0] for batch in batches[_WARM_UP_STEPS:]]
+        rows = [batch.rows[0] for batch in batches[WARM_UP_STEPS:]]
         parts = [self._timed_parts(row) for row in rows]
         medians = {name: median(part[name] for part in parts) for name in parts[0]}
         total = sum(medians.values())
@@ -273,8 +283,7 @@ class _Trainee:
         }
 
     def _now(self) -> float:
-        _wait_for(self.device)
-        return time.perf_counter()
+        return seconds_now(self.device)
 
 
 def _through_ray(
@@ -297,29 +306,32 @@ def _through_ray(
     with ray_session(num_cpus=threads + 1):
         run_training(settings)
     peak = (before + peak_flops(device).flops_per_s) / 2
+    return recorded_figures(settings.run.folder, settings.stages[0].images_per_step, peak)
+
+
+def recorded_figures(run: Folder, images_per_step: int, peak: float) -> StepFigures:
+    """Return what a run through Ray logged of its steps; the first steps are not counted."""
     recorded = {
-        name: [
-            value
-            for step, value in metric_history(settings.run.folder, name)
-            if step > _WARM_UP_STEPS
-        ]
+        name: [value for step, value in metric_history(run, name) if step > WARM_UP_STEPS]
         for name in ("tokens_per_s", "images_per_s", "flops_per_s")
     }
     return StepFigures(
-        seconds=settings.stages[0].images_per_step / median(recorded["images_per_s"]),
+        seconds=images_per_step / median(recorded["images_per_s"]),
         tokens_per_s=median(recorded["tokens_per_s"]),
         mfu=median(recorded["flops_per_s"]) / peak,
         peak_flops=peak,
     )
 
 
-def _wait_for(device: torch.device) -> None:
+def seconds_now(device: torch.device) -> float:
+    """Return the time at which a device has done what it was given so far."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
+    return time.perf_counter()
 
 
 @contextmanager
-def _one_rank() -> Iterator[None]:
+def one_rank() -> Iterator[None]:
     """Be the only rank of a process group."""
     with tempfile.TemporaryDirectory() as folder:
         store = dist.FileStore(str(Path(folder) / "store"), 1)

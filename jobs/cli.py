@@ -98,11 +98,18 @@ def sample(arguments: Sequence[str]) -> None:
     tyro.cli(flow.sample, args=arguments, prog="vitok sample")
 
 
+def curves(arguments: Sequence[str]) -> None:
+    """a metric of generators' trainings against the operations they took"""
+    from jobs import flow
+
+    tyro.cli(flow.curves, args=arguments, prog="vitok curves")
+
+
 def generate(arguments: Sequence[str]) -> None:
     """many images of a generator as shards; goes on where it was stopped"""
     from jobs import flow
 
-    flow.generate_set(arguments)
+    flow.generate_set(_generation(arguments))
 
 
 def evaluate(arguments: Sequence[str]) -> None:
@@ -376,6 +383,12 @@ def _flow(arguments: Sequence[str]) -> Any:
     return _recipe(FLOWS, arguments, "flow")
 
 
+def _generation(arguments: Sequence[str]) -> Any:
+    from pipelines.generate import Generation
+
+    return tyro.cli(Generation, args=arguments, prog="vitok generate")
+
+
 def _sweep(arguments: Sequence[str]) -> Any:
     from jobs.sweep_recipes import SWEEPS
 
@@ -386,6 +399,7 @@ def _sweep(arguments: Sequence[str]) -> Any:
 SUBMITTED: dict[str, Callable[[Sequence[str]], Any]] = {
     "train": _training,
     "flow": _flow,
+    "generate": _generation,
     "sweep": _sweep,
     "encode": _caching,
     "evaluate": _evaluation,
@@ -397,6 +411,7 @@ COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
     "flow": flow,
     "sample": sample,
     "generate": generate,
+    "curves": curves,
     "sweep": sweep,
     "evaluate": evaluate,
     "reconstruct": reconstruct,

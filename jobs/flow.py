@@ -1,7 +1,6 @@
 """`vitok sample`: a sheet of generated images, or a whole set of them as shards."""
 
 import time
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -9,6 +8,7 @@ import torch
 import tyro
 from PIL import Image
 
+from pipelines.flow_curves import best_for_compute, curve_of, draw_curves
 from pipelines.generate import Generation, Generator, generate
 from pipelines.reconstruction import sheet_of
 from pipelines.sampling import Request, spread_classes, whole_patches
@@ -40,7 +40,7 @@ def sample(
         label: classes, each sampled `count` times in a row of seeds; none spreads `count` images
             over all classes.
         seed: of the first image of each class; the same seed, class and size give the same image.
-        count: images.
+        count: how many images.
         size: HEIGHTxWIDTH in pixels, of any aspect ratio, enlarged to whole patches.
         steps: from noise to data.
         method: of integration.
@@ -72,14 +72,43 @@ def sample(
     print(f"{len(images)} images of {pixels[0]} x {pixels[1]} pixels in {seconds:.1f} s: {out}")
 
 
-def generate_set(arguments: Sequence[str]) -> None:
+def generate_set(settings: Generation) -> None:
     """Sample many images as WebDataset shards on a Ray cluster; goes on where it was stopped."""
     from cluster.local import ray_session
 
-    settings = tyro.cli(Generation, args=arguments, prog="vitok generate")
     with ray_session():
         shards = generate(settings)
     print(f"{settings.num_images} images in {len(shards)} shards: {Folder.of(settings.out).uri}")
+
+
+def curves(
+    runs: tyro.conf.Positional[tuple[str, ...]],
+    /,
+    *,
+    metric: str = "loss",
+    smooth: int = 20,
+    out: str = "curves.png",
+) -> None:
+    """Draw a metric of flow trainings against the operations they took.
+
+    Args:
+        runs: folders of flow trainings, such as those of the joint- recipes.
+        metric: that the runs recorded; lower is better.
+        smooth: means over so many neighbouring records.
+        out: the PNG file.
+    """
+    if smooth < 1:
+        raise ValueError(f"smooth={smooth} must be at least 1")
+    found = [curve_of(Folder.of(run), metric, smooth) for run in runs]
+    if not found:
+        raise ValueError("there are no runs; give the folders of flow trainings")
+    Path(out).parent.mkdir(parents=True, exist_ok=True)
+    Path(out).write_bytes(draw_curves(found, metric))
+    width = max(len(curve.name) for curve in found)
+    for curve in found:
+        print(f"{curve.name:<{width}}  {curve.flops[-1]:.3g} operations  {curve.values[-1]:.4g}")
+    flops, value, name = best_for_compute(found)[-1]
+    print(f"best {metric}: {value:.4g} of {name} after {flops:.3g} operations\ncurves: {out}")
 
 
 def parse_size(text: str) -> tuple[int, int]:

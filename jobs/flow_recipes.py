@@ -146,8 +146,8 @@ def autoencoder_comparison() -> list[FlowRecipe]:
 def joint_scaling() -> list[FlowRecipe]:
     """The grid of generators and ratios with an eighth of the epochs, `joint-SIZE-fPxC`.
 
-    DiTs of half and of all the depth of 450M, and 1.2B, at r = 12, 24 and 48: nine points, each of
-    which has its operations in `flops_per_s` and its time. Shorter than the paper's: our choice.
+    DiTs of half and of all the depth of 450M, and 1.2B, at r = 12, 24 and 48; `vitok curves` draws
+    what they reach against the operations they took. Shorter than the paper's: our choice.
     """
     recipes = []
     for size in ("225m", "450m", "1.2b"):

@@ -42,10 +42,10 @@ class Generation:
     """One set of samples.
 
     Attributes:
-        run: folder of a flow training; its newest checkpoint is taken.
+        model: folder of a flow training; its newest checkpoint is taken.
         out: where the shards go: a folder or `s3://` prefix.
-        autoencoder: whose decoder makes pixels; the run's own if empty.
-        num_images: samples.
+        autoencoder: whose decoder makes pixels; the training's own if empty.
+        num_images: how many samples.
         size: of every sample in pixels (height, width), enlarged to whole patches.
         sampler: how latents are sampled.
         seed: of the first sample; the others count on from it.
@@ -57,7 +57,7 @@ class Generation:
         compute_dtype: of matrix products: bfloat16 or float32.
     """
 
-    run: str
+    model: str
     out: str
     autoencoder: str = ""
     num_images: int = 100_000
@@ -187,9 +187,9 @@ def generate(settings: Generation) -> list[str]:
     """
     import ray.data
 
-    run, out = Folder.of(settings.run), Folder.of(settings.out)
+    out = Folder.of(settings.out)
     # Workers run in other directories.
-    settings = replace(settings, run=run.uri, out=out.uri)
+    settings = replace(settings, model=Folder.of(settings.model).uri, out=out.uri)
     _claim(out, _identity(settings))
     num_units = -(-settings.num_images // settings.unit_images)
     names = [shard_name(unit) for unit in range(num_units)]
@@ -228,7 +228,7 @@ def shard_name(unit: int) -> str:
 def unit_requests(settings: Generation, unit: int, training: FlowTraining) -> list[Request]:
     """Return the samples of a shard."""
     num_classes = training.model.num_classes
-    size = whole_patches(settings.size, read_statistics(Folder.of(settings.run)).patch_size)
+    size = whole_patches(settings.size, read_statistics(Folder.of(settings.model)).patch_size)
     return [
         Request(settings.seed + number, number % num_classes if num_classes else -1, size)
         for number in _numbers(settings, unit)
@@ -241,7 +241,7 @@ def _numbers(settings: Generation, unit: int) -> range:
 
 
 def _identity(settings: Generation) -> GenerationIdentity:
-    run = Folder.of(settings.run)
+    run = Folder.of(settings.model)
     training = read_settings(run)
     return GenerationIdentity(
         checkpoint=newest_checkpoint(run).uri,
@@ -277,7 +277,7 @@ class _SampleUnits:
     def __init__(self, settings: Generation, board: Any) -> None:
         self._settings, self._board = settings, board
         self._generator = Generator.load(
-            Folder.of(settings.run),
+            Folder.of(settings.model),
             settings.autoencoder,
             torch.device("cuda" if settings.use_gpu else "cpu"),
             getattr(torch, settings.compute_dtype),

@@ -54,6 +54,7 @@ class LatentCorpus(LatentCache):
         return LatentStatistics(
             encoder_digest=identity.encoder_digest,
             patch_size=identity.patch_size,
+            tokens_per_latent=manifest.num_tokens / max(1, manifest.num_latents),
             mean=manifest.mean[: identity.channels],
             std=tuple(max(std, _FLOOR) for std in manifest.std[: identity.channels]),
         )
@@ -79,11 +80,13 @@ class LatentStatistics:
     Attributes:
         encoder_digest: of the encoder that made the latents.
         patch_size: pixels along each side of a patch.
+        tokens_per_latent: in the mean.
         mean, std: of every channel over the whole cache.
     """
 
     encoder_digest: str
     patch_size: int
+    tokens_per_latent: float
     mean: tuple[float, ...]
     std: tuple[float, ...]
 

@@ -53,8 +53,8 @@ class DiTConfig:
     Attributes:
         latent_channels: of the latents, c.
         width: channels of the tokens.
-        depth: blocks.
-        heads: attention heads.
+        depth: number of blocks.
+        heads: attention heads of a block.
         num_classes: classes that an image may be conditioned on; 0 for none.
         text_channels: channels of the text embeddings that it may be conditioned on; 0 for none.
         text_tokens: the most tokens of a text.

@@ -45,7 +45,7 @@ class Peak(NamedTuple):
 
 
 def training_flops(
-    config: AutoencoderConfig | DiTConfig, image_tokens: Iterable[int], part: Part | None = None
+    config: AutoencoderConfig | DiTConfig, image_tokens: Iterable[float], part: Part | None = None
 ) -> float:
     """Return the floating-point operations of a forward and a backward pass over images.
 

@@ -38,7 +38,8 @@ class TimeConfig:
     Attributes:
         distribution: of training times; `logit_normal` looks more at the middle (SD3,
             arXiv:2403.03206).
-        mean, std: of the logit of a `logit_normal` time.
+        mean: of the logit of a `logit_normal` time.
+        std: standard deviation of that logit.
         shift_values: an image whose latent has this many values, tokens times channels, keeps its
             times; one with m values has its noise raised as if the deviation of the noise were
             larger by sqrt(m / shift_values), because that many values show through that much more

@@ -47,7 +47,7 @@ def finished_run(tmp_path_factory: pytest.TempPathFactory) -> FlowTraining:
 @pytest.fixture
 def generation(finished_run: FlowTraining, tmp_path: Path) -> Generation:
     return Generation(
-        run=finished_run.run.folder.uri,
+        model=finished_run.run.folder.uri,
         out=str(tmp_path / "samples"),
         num_images=11,
         size=(40, 64),
