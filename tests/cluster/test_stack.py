@@ -15,8 +15,10 @@ from typing import Any
 import psutil
 import pytest
 
+from cluster import stack as stack_module
 from cluster.services import Service, check_port, end, free_ports, marked, start
-from cluster.stack import STATE_FILE, StackState, describe
+from cluster.stack import STATE_FILE, StackConfig, StackState, describe
+from jobs.cli import main
 from pipelines.runs import next_step
 from pipelines.tracking import metric_history
 from vitok.config import read_config
@@ -281,3 +283,29 @@ def test_a_port_that_is_taken_is_named_with_its_option() -> None:
         port = taken.getsockname()[1]
         with pytest.raises(OSError, match=rf"port {port} is taken.*--mlflow-port"):
             check_port("127.0.0.1", port, "mlflow-port")
+
+
+def test_what_lets_others_in_says_what_it_risks(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    def stop_here(settings: StackConfig, folder: Path) -> None:
+        raise RuntimeError(f"would listen on {settings.host}")
+
+    monkeypatch.setattr(stack_module, "start_stack", stop_here)
+    ports = [
+        word
+        for name, port in zip(
+            ("ray", "dashboard", "metrics", "mlflow"), free_ports("0.0.0.0", 4), strict=True
+        )
+        for word in (f"--{name}-port", str(port))
+    ]
+    folder = ["--folder", str(tmp_path / "stack")]
+    assert main(["cluster", "up", *folder, *ports]) == 1
+    assert "warning" not in capsys.readouterr().err
+    assert main(["cluster", "up", "--host", "0.0.0.0", *folder, *ports]) == 1
+    said = capsys.readouterr().err
+    assert "listening on 0.0.0.0, not on loopback alone" in said and "firewall" in said
+
+    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
+    assert stack_module.token_mode() == "disabled"
+    assert "runs code as" in capsys.readouterr().err
