@@ -89,6 +89,7 @@ class StackState:
         bucket: of the store.
         database: MLflow's, without a password.
         ray_folder: temporary files of Ray.
+        asks_for_token: whether Ray does.
     """
 
     marker: str
@@ -102,6 +103,7 @@ class StackState:
     bucket: str
     database: str
     ray_folder: str
+    asks_for_token: bool
 
 
 def up(settings: Annotated[StackConfig, tyro.conf.OmitArgPrefixes]) -> None:
@@ -133,7 +135,12 @@ def start_stack(settings: StackConfig, folder: Path) -> StackState:
     """
     marker, host = uuid.uuid4().hex, settings.host
     services: list[Service] = []
-    environment = os.environ | {MARKER: marker, "RAY_AUTH_MODE": token_mode()}
+    environment = os.environ | {
+        MARKER: marker,
+        "RAY_AUTH_MODE": token_mode(),
+        # So that the `python` and the `vitok` of a job are those of this command.
+        "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")]),
+    }
     database = settings.database or os.environ.get("MLFLOW_BACKEND_STORE_URI", "")
     database = database or f"sqlite:///{folder}/mlflow.db"
     mlflow = f"http://{host}:{settings.mlflow_port}"
@@ -163,6 +170,7 @@ def start_stack(settings: StackConfig, folder: Path) -> StackState:
             bucket=settings.bucket,
             database=masked(database),
             ray_folder=ray_folder,
+            asks_for_token=environment["RAY_AUTH_MODE"] == "token",
         )
         write_config(folder / STATE_FILE, state)
     except BaseException:  # Ctrl-C too: nothing is left behind
@@ -277,8 +285,8 @@ def token_mode() -> str:
     """Return how Ray lets others in: `token`, unless RAY_AUTH_MODE says otherwise.
 
     Ray's dashboard keeps to the host that it is given, but the cluster itself listens on every
-    address of the machine, and runs any code that is sent to it. So it asks for a token, the
-    user's, in a file that is made here, for its owner alone, where there is none.
+    address of the machine, and runs any code that is sent to it. So it asks for a token: that of
+    the user, in a file that is made here, for its owner alone, where there is none.
     """
     mode = os.environ.get("RAY_AUTH_MODE", "token").lower()
     if mode != "token":
@@ -302,10 +310,10 @@ def token_mode() -> str:
 
 def describe(state: StackState) -> str:
     """Say where the servers are and what to set."""
+    token = "; asks for the user's token, which commands find" if state.asks_for_token else ""
     in_memory = ", in memory until `vitok cluster down`" if state.store_is_embedded else ""
     lines = [
-        f"Ray     {state.ray_address}, dashboard and jobs {state.dashboard}; asks for the token "
-        "that `ray get-auth-token` shows, commands of this user find it",
+        f"Ray     {state.ray_address}, dashboard and jobs {state.dashboard}{token}",
         f"MLflow  {state.mlflow}, records in {state.database}",
         f"store   {state.store}, bucket {state.bucket}{in_memory}",
         "",

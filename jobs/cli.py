@@ -290,7 +290,7 @@ def quickstart(arguments: Sequence[str]) -> None:
 def ui(arguments: Sequence[str]) -> None:
     """MLflow on the runs of this machine"""
     from cluster.local import serve_mlflow
-    from pipelines.tracking import TrackingConfig, tracking_uri
+    from pipelines.tracking import local_tracking_uri
 
     def serve(storage: str = "runs", port: int = 5000) -> None:
         """Show the runs in MLflow's web interface, on loopback, until Ctrl-C.
@@ -304,7 +304,7 @@ def ui(arguments: Sequence[str]) -> None:
                 f"{Path(storage).absolute()} holds no mlflow.db; give the folder of the runs with "
                 "--storage, or make one with `vitok quickstart`"
             )
-        serve_mlflow(tracking_uri(TrackingConfig(), storage), port)
+        serve_mlflow(local_tracking_uri(storage), port)
 
     tyro.cli(serve, args=arguments, prog="vitok ui")
 

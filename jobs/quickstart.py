@@ -1,5 +1,6 @@
 """`vitok quickstart`: corpus, training, evaluation, latents and their record, on one machine."""
 
+import os
 import shutil
 import sys
 import time
@@ -205,7 +206,8 @@ def _summary(
     command = "vitok" if shutil.which("vitok") else _short(Path(sys.argv[0]))
     storage = _short(folder.parent)
     option = "" if storage == "runs" else f" --storage {storage}"
-    print(f"\nSee curves and images in MLflow:  {command} ui{option}")
+    mlflow = os.environ.get("MLFLOW_TRACKING_URI") or f"{command} ui{option}"
+    print(f"\nSee curves and images in MLflow:  {mlflow}")
     print(f"Reconstruct an image of yours:    {command} reconstruct IMAGE --model {_short(folder)}")
 
 

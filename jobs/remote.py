@@ -1,6 +1,7 @@
 """Jobs on a Ray cluster: connect to its job server, follow a job, `vitok jobs`."""
 
 import asyncio
+import difflib
 import json as json_format
 import logging
 import os
@@ -40,7 +41,10 @@ def connect(address: str) -> Any:
     )
     from ray.job_submission import JobSubmissionClient
 
-    logging.getLogger("ray.dashboard.modules").setLevel(logging.WARNING)
+    for name in ("dashboard_sdk", "job.sdk"):
+        logging.getLogger(f"ray.dashboard.modules.{name}").setLevel(logging.WARNING)
+    # It says at every connection that there is a token.
+    logging.getLogger(maybe_enable_token_auth_if_token_available.__module__).setLevel(logging.ERROR)
     maybe_enable_token_auth_if_token_available(warn_if_disabled=False)
     if address:
         # Ray takes its variables, where they are set, for more important than the argument.
@@ -93,6 +97,8 @@ def _raise_unless_succeeded(job_id: str, details: Any) -> None:
 
 
 def _print_log(client: Any, job_id: str) -> None:
+    import aiohttp
+
     num_printed = 0
 
     async def stream() -> None:
@@ -104,15 +110,24 @@ def _print_log(client: Any, job_id: str) -> None:
                 print(chunk[len(chunk) - (position - num_printed) :], end="", flush=True)
                 num_printed = position
 
-    for attempt in range(_RECONNECTIONS):
+    num_failed = 0
+    while True:
+        before = num_printed
         try:
             asyncio.run(stream())
-        except (RuntimeError, OSError):
-            if attempt == _RECONNECTIONS - 1:
-                raise
-        if client.get_job_info(job_id).status.is_terminal():
-            return
-        time.sleep(2**attempt)
+            if client.get_job_info(job_id).status.is_terminal():
+                return
+            reason = "the connection was closed"
+        # A server that restarts refuses, breaks off, or answers with a page of its own.
+        except (RuntimeError, OSError, aiohttp.ClientError) as error:
+            reason = str(error) or type(error).__name__
+        num_failed = 0 if num_printed > before else num_failed + 1
+        if num_failed == _RECONNECTIONS:
+            raise ConnectionError(
+                f"the log of job {job_id} does not come ({reason}), the job may go on; see `vitok "
+                f"jobs status {job_id}`"
+            )
+        time.sleep(2.0**num_failed)
 
 
 def job_at_work(client: Any, run: str) -> str | None:
@@ -157,7 +172,7 @@ def status(job: tyro.conf.Positional[str], /, *, address: str = "", json: bool =
         address: the job server, http://HOST:8265; by default as Ray's variables say.
         json: print JSON.
     """
-    details = connect(address).get_job_info(job)
+    details = _job(connect(address), job)
     described = _describe(details) | {"message": details.message, "entrypoint": details.entrypoint}
     if json:
         print(json_format.dumps(described))
@@ -176,6 +191,7 @@ def logs(job: tyro.conf.Positional[str], /, *, address: str = "", follow: bool =
         follow: go on until the job ends, with its exit status.
     """
     client = connect(address)
+    _job(client, job)
     if follow:
         _follow(client, job)
     else:
@@ -194,13 +210,34 @@ def stop(job: tyro.conf.Positional[str], /, *, address: str = "", wait: bool = T
         wait: until it has ended.
     """
     client = connect(address)
-    client.get_job_info(job)  # names a job that does not exist
+    details = _job(client, job)
     if not client.stop_job(job):
-        print(f"{job} has ended already: {client.get_job_info(job).status.value}")
+        print(f"{job} has ended already: {details.status.value}")
         return
-    while wait and not client.get_job_info(job).status.is_terminal():
+    if not wait:
+        print(f"{job}: asked to stop")
+        return
+    print(f"{job}: asked to stop; waiting for its checkpoint", flush=True)
+    while not client.get_job_info(job).status.is_terminal():
         time.sleep(0.5)
-    print(f"{job}: {client.get_job_info(job).status.value if wait else 'asked to stop'}")
+    print(f"{job}: {client.get_job_info(job).status.value}")
+
+
+def _job(client: Any, job: str) -> Any:
+    """Return what a cluster knows of a job.
+
+    Raises:
+        ValueError: there is no such job; names the nearest.
+    """
+    try:
+        return client.get_job_info(job)
+    except RuntimeError as error:
+        if "404" not in str(error):
+            raise
+    known = [str(details.submission_id) for details in client.list_jobs() if details.submission_id]
+    near = difflib.get_close_matches(job, known, n=1)
+    hint = f"did you mean {near[0]!r}?" if near else "`vitok jobs ls` lists them"
+    raise ValueError(f"there is no job {job!r} on this cluster; {hint}")
 
 
 def _describe(details: Any) -> dict[str, Any]:

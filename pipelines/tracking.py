@@ -83,6 +83,11 @@ def tracking_uri(tracking: TrackingConfig, storage: str) -> str:
             f"runs stored in {storage} need an MLflow server: set tracking.uri or "
             "MLFLOW_TRACKING_URI, for instance to http://HOST:5000"
         )
+    return local_tracking_uri(storage)
+
+
+def local_tracking_uri(storage: str) -> str:
+    """Return the SQLite file of the runs in a local folder that have no tracking server."""
     return f"sqlite:///{Path(storage).expanduser().absolute()}/mlflow.db"
 
 

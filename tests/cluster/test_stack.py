@@ -15,15 +15,18 @@ from typing import Any
 import psutil
 import pytest
 
+from cluster import stack as stack_module
 from cluster.services import Service, check_port, end, free_ports, marked, start
-from cluster.stack import STATE_FILE, StackState, describe
+from cluster.stack import STATE_FILE, StackConfig, StackState, describe
+from jobs.cli import main
+from pipelines.runs import next_step
 from pipelines.tracking import metric_history
 from vitok.config import read_config
 from vitok.storage import Folder
 
 ROOT = Path(__file__).parents[2]
 PASSWORD = "not-for-" + "everybody"
-STEPS = 8
+STEPS = 12
 
 
 def postgres_programs() -> Path:
@@ -37,7 +40,7 @@ def postgres_programs() -> Path:
 @pytest.fixture
 def postgres(tmp_path: Path) -> Iterator[str]:
     """A PostgreSQL server that asks for a password; gives its URL with it."""
-    pytest.importorskip("psycopg2", reason="no driver: pip install psycopg2-binary")
+    pytest.importorskip("psycopg", reason="no driver: pip install psycopg[binary]")
     programs = postgres_programs()
     # It refuses to run as root, and must reach its folder as somebody else.
     user = "postgres" if os.geteuid() == 0 else None
@@ -78,7 +81,7 @@ class Machine:
             command, env=self.variables, cwd=self.home, capture_output=True, text=True, timeout=240
         )
         assert done.returncode == status, done.stdout + done.stderr
-        return done.stdout + done.stderr
+        return done.stderr if status else done.stdout
 
 
 @pytest.fixture
@@ -141,7 +144,17 @@ def wait_for(condition: Any, timeout_s: float, what: str) -> Any:
     deadline = time.monotonic() + timeout_s
     while not (found := condition()):
         assert time.monotonic() < deadline, f"no {what} within {timeout_s} s"
-        time.sleep(0.1)
+        time.sleep(0.3)
+    return found
+
+
+def drivers(state: StackState) -> list[psutil.Process]:
+    """Return the processes of jobs' commands."""
+    found = []
+    for process in marked(state.marker):
+        with suppress(psutil.Error):
+            if "jobs.cli" in process.cmdline() and process.status() != psutil.STATUS_ZOMBIE:
+                found.append(process)
     return found
 
 
@@ -155,37 +168,48 @@ def run_metrics(state: StackState) -> str:
 def test_a_submitted_training_is_killed_and_resubmitted_and_everything_can_be_read_back(
     stack: tuple[Machine, StackState], postgres: str, sample_manifests: tuple[Path, Path]
 ) -> None:
-    import psycopg2
+    import psycopg
     from mlflow.tracking import MlflowClient
 
     machine, state = stack
     health = json.loads(machine.vitok("cluster", "status", "--folder", "stack", "--json"))
     assert health["services"] == dict.fromkeys(("store", "mlflow", "ray"), "healthy")
 
-    # The first job is killed as a machine that goes down kills it: driver and all.
+    # The first job is killed as a machine that goes down kills it, once there is a checkpoint.
     command = training(sample_manifests)
     said = machine.vitok("submit", "--detach", *command)
     first = re.search(r"^job: (\S+)$", said, re.M)[1]
+    assert f"{first} is at work on the run" in machine.vitok("submit", *command, status=1)
     folder = Folder("s3://vitok/runs/submitted")
-    snapshot = "checkpoint_manager_snapshot.json"
-    wait_for(lambda: folder.exists(snapshot), 150, "checkpoint")
-    assert "is at work on the run" in machine.vitok("submit", *command, status=1)
-    scraped = wait_for(lambda: run_metrics(state), 60, "metrics for Prometheus")
-    drivers = [p for p in marked(state.marker) if "jobs.cli" in " ".join(p.cmdline())]
-    assert drivers
-    for driver in drivers:
-        with suppress(psutil.NoSuchProcess):
-            driver.send_signal(signal.SIGKILL)
+    wait_for(lambda: drivers(state), 60, "driver")
+    wait_for(lambda: next_step(folder) or not drivers(state), 150, "checkpoint")
+    for driver in drivers(state):
+        driver.send_signal(signal.SIGKILL)
+    assert 0 < next_step(folder) < STEPS, machine.vitok("jobs", "logs", first)
     wait_for(lambda: "FAILED" in machine.vitok("jobs", "status", first), 60, "end of the first job")
+    assert "did you mean" in machine.vitok("jobs", "logs", first + "x", status=1)
 
-    # The second one goes on, and its log is followed to the end.
-    said = machine.vitok("submit", *command)
+    # The second one goes on, and is followed to its end.
+    done = next_step(folder)
+    said = machine.vitok("submit", "--detach", *command)
+    second = re.search(r"^job: (\S+)$", said, re.M)[1]
+    scraped = wait_for(lambda: run_metrics(state), 150, "metrics for Prometheus")
+    said += machine.vitok("jobs", "logs", second, "--follow")
+    assert f"| {done}/{STEPS} [" in said, "the bar begins where the first job was"
     assert "weights: s3://vitok/runs/submitted/export" in said
     listed = json.loads(machine.vitok("jobs", "ls", "--json"))
-    assert [(job["run"], job["status"]) for job in listed] == [
-        ("submitted", "SUCCEEDED"),
-        ("submitted", "FAILED"),
+    assert [(job["job"], job["run"], job["status"]) for job in listed] == [
+        (second, "submitted", "SUCCEEDED"),
+        (first, "submitted", "FAILED"),
     ]
+
+    # A node that goes says so, and waits until nothing works on it: now that is at once.
+    command = [sys.executable, "-m", "cluster.leave", "--deadline-s", "60"]
+    left = subprocess.run(
+        command, env=machine.variables, cwd=machine.home, capture_output=True, text=True, timeout=55
+    )
+    assert left.returncode == 0, left.stderr
+    assert "leaves the cluster" in left.stdout
 
     # MLflow has one run, every step once, artifacts that came through it to the store.
     client = MlflowClient(state.mlflow)
@@ -202,7 +226,7 @@ def test_a_submitted_training_is_killed_and_resubmitted_and_everything_can_be_re
     assert "decoder.safetensors" in folder.child("export").names()
 
     # PostgreSQL has it all.
-    with psycopg2.connect(postgres) as connection, connection.cursor() as cursor:
+    with psycopg.connect(postgres) as connection, connection.cursor() as cursor:
         cursor.execute("SELECT value FROM metrics WHERE key = 'loss' ORDER BY step")
         assert [value for (value,) in cursor] == [value for _, value in losses]
 
@@ -259,3 +283,29 @@ def test_a_port_that_is_taken_is_named_with_its_option() -> None:
         port = taken.getsockname()[1]
         with pytest.raises(OSError, match=rf"port {port} is taken.*--mlflow-port"):
             check_port("127.0.0.1", port, "mlflow-port")
+
+
+def test_what_lets_others_in_says_what_it_risks(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    def stop_here(settings: StackConfig, folder: Path) -> None:
+        raise RuntimeError(f"would listen on {settings.host}")
+
+    monkeypatch.setattr(stack_module, "start_stack", stop_here)
+    ports = [
+        word
+        for name, port in zip(
+            ("ray", "dashboard", "metrics", "mlflow"), free_ports("0.0.0.0", 4), strict=True
+        )
+        for word in (f"--{name}-port", str(port))
+    ]
+    folder = ["--folder", str(tmp_path / "stack")]
+    assert main(["cluster", "up", *folder, *ports]) == 1
+    assert "warning" not in capsys.readouterr().err
+    assert main(["cluster", "up", "--host", "0.0.0.0", *folder, *ports]) == 1
+    said = capsys.readouterr().err
+    assert "listening on 0.0.0.0, not on loopback alone" in said and "firewall" in said
+
+    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
+    assert stack_module.token_mode() == "disabled"
+    assert "runs code as" in capsys.readouterr().err

@@ -559,6 +559,8 @@ def test_busy_port_and_folder_without_runs_are_named(
         assert sentence == f"port {port} is taken; choose another with --port"
 
     served: list[tuple[str, int]] = []
+    # It shows the runs of this machine, whatever server new runs go to.
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://elsewhere:5000")
     monkeypatch.setattr(local, "serve_mlflow", lambda uri, port: served.append((uri, port)))
     assert vitok("ui", "--storage", tmp_path, "--port", port).status == 0
     assert served == [(f"sqlite:///{tmp_path}/mlflow.db", port)]

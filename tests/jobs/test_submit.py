@@ -178,6 +178,16 @@ def test_a_broken_connection_repeats_no_line_and_loses_none(
     assert capsys.readouterr().out == text
 
 
+def test_a_server_that_stays_away_ends_the_command_and_not_the_job(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(remote.time, "sleep", lambda seconds: None)
+    server = JobServer(*[[ConnectionRefusedError("refused")] for _ in range(20)])
+    with pytest.raises(ConnectionError, match=r"\(refused\), the job may go on"):
+        remote.follow(server, "job")
+    assert len(server.connections) == 15
+
+
 def test_a_job_that_failed_or_was_stopped_ends_the_command_so(
     server: JobServer, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -185,6 +195,20 @@ def test_a_job_that_failed_or_was_stopped_ends_the_command_so(
         remote.follow(JobServer(["x"], status="FAILED"), "j")
     with pytest.raises(Preempted, match="submit it again"):
         remote.follow(JobServer(["x"], status="STOPPED"), "j")
+
+
+def test_a_job_that_is_not_there_names_the_nearest(
+    server: JobServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def missing(job: str) -> Any:
+        raise RuntimeError("Request failed with status code 404: no such job.")
+
+    server.jobs = [details("mine-20310504-030201", "RUNNING", run="mine")]
+    monkeypatch.setattr(server, "get_job_info", missing)
+    with pytest.raises(ValueError, match="did you mean 'mine-20310504-030201'"):
+        remote.status("mine-20310504-030202")
+    with pytest.raises(ValueError, match="vitok jobs ls"):
+        remote.stop("zzz")
 
 
 def test_ctrl_c_leaves_the_job_running_and_says_how_to_end_it(
