@@ -91,7 +91,7 @@ def _tune(sweep: SweepConfig, trials: Trials) -> None:
         tune.with_parameters(run_trial, sweep=sweep, tracking=trials.tracking),
         tune.PlacementGroupFactory([{"memory": 1}]),
     )
-    # No tables and no files of Ray Tune's own; and a trial's last word, how it ended, has no metric.
+    # No tables and files of Ray Tune's own; a trial's last word, how it ended, has no metric.
     os.environ["RAY_AIR_NEW_OUTPUT"] = "0"
     os.environ["TUNE_DISABLE_AUTO_CALLBACK_LOGGERS"] = "1"
     os.environ["TUNE_DISABLE_STRICT_METRIC_CHECKING"] = "1"

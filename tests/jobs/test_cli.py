@@ -108,6 +108,8 @@ HELPS = [
     ["export"],
     # The other recipes have the same fields.
     *(["train", name] for name in ("quickstart", "finetune-350m-f16x64-decoder")),
+    ["sweep", "quickstart"],
+    ["sweep", "report"],
     *(["corpus", name] for name in CORPUS_COMMANDS),
     ["latents", "verify"],
     ["latents", "stats"],

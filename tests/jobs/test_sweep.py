@@ -92,7 +92,10 @@ def test_wrong_studies_are_refused_with_a_sentence(
         assert "Traceback" not in error
         return error
 
-    assert "population-based training copies" in complaint("quickstart", "--scheduler", "pbt")
+    with pytest.raises(SystemExit, match="2"):
+        main(["sweep", "quickstart", "--scheduler", "pbt"])
+    reason = " ".join(capsys.readouterr().err.split())
+    assert "population-based training copies weights from one trial to another" in reason
     assert "did you mean 'quickstart'?" in complaint("quickstrat", status=2)
     assert "data.manifest is empty" in complaint("quickstart")
     assert "holds no sweep" in complaint("report", "nowhere")
