@@ -120,6 +120,11 @@ class Trials(Searcher):
         """Whether no trial is left."""
         return not (self.waiting or self._running or self._to_draw)
 
+    @property
+    def running(self) -> list[Trial]:
+        """The trials that Ray Tune works at."""
+        return list(self._running.values())
+
     def trial(self, trial_id: str) -> Trial:
         """Return the trial that Ray Tune knows by an id."""
         return self._assigned[trial_id]
