@@ -4,6 +4,8 @@ from collections.abc import Iterator
 
 # Of torch and of Ray, which this module need not import; of Python.
 _OUT_OF_MEMORY = ("OutOfMemoryError", "MemoryError")
+# torch's allocator on CPUs raises a RuntimeError.
+_CPU_OUT_OF_MEMORY = "DefaultCPUAllocator: can't allocate memory"
 
 
 class Unrecoverable(RuntimeError):
@@ -37,7 +39,10 @@ def is_out_of_memory(error: BaseException) -> bool:
     """
     failures = getattr(error, "worker_failures", None) or {0: error}
     causes = [cause for failure in failures.values() for cause in _wrapped(failure)]
-    return any(type(cause).__name__ in _OUT_OF_MEMORY for cause in causes)
+    return any(
+        type(cause).__name__ in _OUT_OF_MEMORY or _CPU_OUT_OF_MEMORY in str(cause)
+        for cause in causes
+    )
 
 
 def _wrapped(error: BaseException) -> Iterator[BaseException]:

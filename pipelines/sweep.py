@@ -6,6 +6,7 @@ own state: a sweep that was killed is a new sweep without the trials that have e
 
 import os
 import signal
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -32,7 +33,7 @@ from pipelines.sweep_report import log_report, result_metrics, write_report
 from pipelines.sweep_search import Trials, draws_of
 from pipelines.sweep_trial import LATENCY, REASON, RESULTS, STATE, run_trial
 from pipelines.tracking import Tracker, open_run, tracker_of, tracking_uri
-from pipelines.train_autoencoder import located, prepare
+from pipelines.train_autoencoder import located, plan_of, prepare
 
 
 def run_sweep(sweep: SweepConfig) -> list[TrialRecord]:
@@ -77,8 +78,11 @@ def prepare_sweep(sweep: SweepConfig) -> SweepConfig:
     sweep = replace(sweep, base=located(sweep.base))
     tracking_uri(sweep.base.run.tracking, sweep.base.run.storage)
     draws_of(sweep, [])
-    for trial in trials_of(sweep):
+    trials = trials_of(sweep)
+    for trial in trials:
         prepare(trial.settings)
+    if not trials:
+        plan_of(sweep.base)
     claim_sweep(sweep)
     return sweep
 
@@ -91,7 +95,7 @@ def _tune(sweep: SweepConfig, trials: Trials) -> None:
         tune.with_parameters(run_trial, sweep=sweep, tracking=trials.tracking),
         tune.PlacementGroupFactory([{"memory": 1}]),
     )
-    # No tables and no files of Ray Tune's own; and how a trial ended comes without a metric.
+    # No tables and files of Ray Tune's own; a trial's last word, how it ended, has no metric.
     os.environ["RAY_AIR_NEW_OUTPUT"] = "0"
     os.environ["TUNE_DISABLE_AUTO_CALLBACK_LOGGERS"] = "1"
     os.environ["TUNE_DISABLE_STRICT_METRIC_CHECKING"] = "1"
@@ -113,12 +117,22 @@ def _tune(sweep: SweepConfig, trials: Trials) -> None:
     )
     with _ending_on_sigterm() as told:
         tuner.fit()
+    if not trials.is_done:
+        _note_interruption(trials)
     if told.is_set():
         raise Preempted(
             f"stopped by SIGTERM; {trials.ended} trials have ended, start the sweep again to go on"
         )
     if not trials.is_done:
         raise KeyboardInterrupt
+
+
+def _note_interruption(trials: Trials) -> None:
+    """Tell MLflow of trials whose processes ended without a word."""
+    for trial in trials.running:
+        if tracker := tracker_of(trial.settings.run.folder):
+            tracker.set_status("KILLED")
+            tracker.close()
 
 
 @contextmanager
@@ -134,6 +148,7 @@ def _ending_on_sigterm() -> Iterator[threading.Event]:
         signal.raise_signal(signal.SIGUSR1)
 
     before = {s: signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)}
+    signal.signal(signal.SIGUSR1, lambda *_: None)  # until Ray Tune listens
     signal.signal(signal.SIGTERM, end)
     try:
         yield told
@@ -237,7 +252,8 @@ class _Recorder(tune.Callback):
             record = replace(record, mlflow_run=tracker.run_id)
             _log_end(tracker, record, self._trials.sweep)
         self._write(record)
-        self._bar.write(f"{record.name}: {record.state}{_score(record, self._trials.sweep)}")
+        line = f"{record.name}: {record.state}{_score(record, self._trials.sweep)}"
+        self._bar.write(line, file=sys.stderr)
         self._bar.update()
 
     def on_experiment_end(self, trials: list[Any], **info: Any) -> None:

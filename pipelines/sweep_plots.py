@@ -1,7 +1,7 @@
 """Plots of a sweep, as PNG."""
 
 import io
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -12,6 +12,8 @@ from pipelines.sweep_report import Measure, Study, error_of, series_of, value_of
 
 _PANEL = (5.5, 4.0)  # inches
 _DPI = 110
+_TICK_RATIO = 1.25  # of neighbouring ticks on a logarithmic axis, at least
+_MAX_LEGEND = 24  # trials that are named beside a plot
 
 
 def draw_plots(study: Study) -> dict[str, bytes]:
@@ -42,15 +44,17 @@ def draw_plots(study: Study) -> dict[str, bytes]:
             [lambda axes, q=q: _laws(axes, study, q) for q in shown]  # type: ignore[misc]
         )
     if any(len(_course(study, record)) for record in study.records):
-        plots["progress.png"] = _draw([lambda axes: _progress(axes, study)])
+        plots["progress.png"] = _draw([lambda axes: _progress(axes, study)], width=2.0)
     return plots
 
 
-def _draw(panels: list[Callable[[Axes], None]]) -> bytes:
-    """Draw panels side by side, at most two in a row."""
+def _draw(panels: list[Callable[[Axes], None]], width: float = 1.0) -> bytes:
+    """Draw panels side by side, at most two in a row, so many times as wide as usual."""
     columns = min(2, len(panels))
     rows = -(-len(panels) // columns)
-    figure = Figure(figsize=(columns * _PANEL[0], rows * _PANEL[1]), dpi=_DPI, layout="constrained")
+    figure = Figure(
+        figsize=(width * columns * _PANEL[0], rows * _PANEL[1]), dpi=_DPI, layout="constrained"
+    )
     grid = figure.subplots(rows, columns, squeeze=False).flatten()
     for axes, panel in zip(grid, panels, strict=False):
         panel(axes)
@@ -69,6 +73,17 @@ def _series(study: Study) -> dict[str, str]:
     return {name: f"C{index % 10}" for index, name in enumerate(names)}
 
 
+def _logarithmic(axes: Axes, values: Iterable[float]) -> None:
+    """Make the horizontal axis logarithmic, with ticks at the values themselves."""
+    axes.set_xscale("log")
+    ticks: list[float] = []
+    for value in sorted(values):
+        if not ticks or value > _TICK_RATIO * ticks[-1]:
+            ticks.append(value)
+    axes.set_xticks(ticks, [f"{tick:.3g}" for tick in ticks])
+    axes.set_xticks([], minor=True)
+
+
 def _legend(axes: Axes) -> None:
     if axes.get_legend_handles_labels()[1]:
         axes.legend(fontsize=7)
@@ -81,7 +96,8 @@ def _quality(axes: Axes, study: Study, quality: Measure) -> None:
         known = sorted((x, y) for x, y in points if y is not None)
         if known:
             axes.plot(*zip(*known, strict=True), "o-", color=colour, label=name, markersize=4)
-    axes.set(xscale="log", xlabel="decoder parameters (M)", ylabel=quality.label)
+    _logarithmic(axes, (r.decoder_parameters / 1e6 for r in study.done))
+    axes.set(xlabel="decoder parameters (M)", ylabel=quality.label)
     _legend(axes)
 
 
@@ -100,7 +116,9 @@ def _front(axes: Axes, study: Study, quality: Measure, cost: Measure, front: lis
         if record.name in front:
             on_front.append((x / cost.unit, y))
     axes.plot(*zip(*sorted(on_front), strict=True), "k--", linewidth=1, label="front", zorder=0)
-    axes.set(xscale="log", xlabel=cost.label, ylabel=quality.label)
+    known = (value_of(record, cost) for record in study.done)
+    _logarithmic(axes, (x / cost.unit for x in known if x is not None))
+    axes.set(xlabel=cost.label, ylabel=quality.label)
     _legend(axes)
 
 
@@ -120,7 +138,8 @@ def _laws(axes: Axes, study: Study, quality: Measure) -> None:
         if law.constant:
             label += f", c = {law.constant:.2g}"
         axes.plot(sizes / 1e6, law.at(sizes), "-", color=colour, label=label)
-    axes.set(xscale="log", yscale="log", xlabel="decoder parameters (M)", ylabel=name)
+    _logarithmic(axes, (record.decoder_parameters / 1e6 for record in study.done))
+    axes.set(xlabel="decoder parameters (M)", ylabel=name)
     _legend(axes)
 
 
@@ -148,5 +167,5 @@ def _progress(axes: Axes, study: Study) -> None:
             axes.plot(*zip(*course, strict=True), "o-", label=label, markersize=3)
     unit = "training FLOPs" if study.sweep.progress == "flops" else "images"
     axes.set(xlabel=unit, ylabel=study.metric.label)
-    if len(study.records) <= 16:
-        _legend(axes)
+    if len(study.records) <= _MAX_LEGEND:
+        axes.legend(fontsize=7, loc="upper left", bbox_to_anchor=(1.0, 1.0))

@@ -120,6 +120,11 @@ class Trials(Searcher):
         """Whether no trial is left."""
         return not (self.waiting or self._running or self._to_draw)
 
+    @property
+    def running(self) -> list[Trial]:
+        """The trials that Ray Tune works at."""
+        return list(self._running.values())
+
     def trial(self, trial_id: str) -> Trial:
         """Return the trial that Ray Tune knows by an id."""
         return self._assigned[trial_id]
@@ -134,11 +139,13 @@ class Trials(Searcher):
             if values is None:
                 return None
             trial = make_trial(self.sweep, values)
-            self._drawn[trial.name] = trial_id
             self._to_draw -= 1
-            if trial.name in self.records or trial in self._running.values():
-                self.total -= 1  # drawn a second time
+            if trial.name in self.records:  # drawn a second time
+                self.total -= 1
+                known = self.records[trial.name].latest
+                self._draws.tell(trial_id, known.get(self.sweep.metric))
                 return None
+            self._drawn[trial.name] = trial_id
             self.waiting.append(trial)
         for trial in self.waiting:
             if self._fits(trial):

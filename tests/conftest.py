@@ -70,7 +70,12 @@ def tiny_dino() -> nn.Module:
 @pytest.fixture
 def tiny_training(sample_manifests: tuple[Path, Path], tmp_path: Path) -> AutoencoderTraining:
     """A training of 4 + 2 steps in float32 that a core does in seconds."""
-    train, held_out = sample_manifests
+    return make_tiny_training(sample_manifests, tmp_path)
+
+
+def make_tiny_training(manifests: tuple[Path, Path], folder: Path) -> AutoencoderTraining:
+    """Return the training of `tiny_training`, with its runs in a folder."""
+    train, held_out = manifests
     return AutoencoderTraining(
         model=tiny_model(AutoencoderConfig(patch_size=16, latent_channels=16)),
         data=DataConfig(manifest=str(train), eval_manifest=str(held_out), row_tokens=128),
@@ -82,7 +87,7 @@ def tiny_training(sample_manifests: tuple[Path, Path], tmp_path: Path) -> Autoen
         optim=OptimConfig(lr=3e-3, warmup=0.3),
         run=RunConfig(
             name="tiny",
-            storage=str(tmp_path / "runs"),
+            storage=str(folder / "runs"),
             num_workers=2,
             cpus_per_worker=0.5,
             use_gpu=False,

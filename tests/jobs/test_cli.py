@@ -107,6 +107,8 @@ HELPS = [
     # The other recipes have the same fields.
     *(["train", name] for name in ("quickstart", "finetune-350m-f16x64-decoder")),
     *(["evaluate", name] for name in EVALUATIONS),
+    ["sweep", "quickstart"],
+    ["sweep", "report"],
     *(["corpus", name] for name in CORPUS_COMMANDS),
     ["encode", "quickstart"],
     *(["latents", name] for name in LATENT_COMMANDS),

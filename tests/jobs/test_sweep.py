@@ -11,6 +11,8 @@ from jobs.sweep import costs_of, format_costs
 from jobs.sweep_recipes import SWEEPS
 from pipelines.costs import memory_of, work_of
 from pipelines.sweep_config import SweepConfig, trials_of
+from pipelines.sweep_records import TrialRecord, claim_sweep, write_record
+from pipelines.sweep_report import study_of, to_json
 from vitok.config import parse_json, to_dict
 from vitok.variants import SIZES
 
@@ -92,7 +94,10 @@ def test_wrong_studies_are_refused_with_a_sentence(
         assert "Traceback" not in error
         return error
 
-    assert "population-based training copies" in complaint("quickstart", "--scheduler", "pbt")
+    with pytest.raises(SystemExit, match="2"):
+        main(["sweep", "quickstart", "--scheduler", "pbt"])
+    reason = " ".join(capsys.readouterr().err.split())
+    assert "population-based training copies weights from one trial to another" in reason
     assert "did you mean 'quickstart'?" in complaint("quickstrat", status=2)
     assert "data.manifest is empty" in complaint("quickstart")
     assert "holds no sweep" in complaint("report", "nowhere")
@@ -103,3 +108,25 @@ def test_wrong_studies_are_refused_with_a_sentence(
     monkeypatch.setitem(sys.modules, "optuna.samplers", None)
     assert "search='optuna' needs optuna" in complaint("small", *searched)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_report_of_a_sweep_is_printed_as_markdown_or_json(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sweep = SWEEPS["quickstart"]()
+    run = replace(sweep.base.run, storage=str(tmp_path))
+    sweep = replace(sweep, base=replace(sweep.base, run=run))
+    claim_sweep(sweep)
+    for index, trial in enumerate(trials_of(sweep)[:2]):
+        results = {"eval_psnr": 20.0 + index, "eval_ssim": 0.5}
+        record = replace(TrialRecord.of(trial), state="finished", results=results)
+        write_record(sweep.folder, record)
+    arguments = ["sweep", "report", sweep.name, "--storage", str(tmp_path)]
+    assert main(arguments) == 0
+    out = capsys.readouterr().out
+    assert "2 trials: 2 finished. The best by eval_psnr: " in out
+    assert out.endswith(f"report: {tmp_path}/{sweep.name}/report\n")
+    assert main([*arguments, "--json"]) == 0
+    document = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert document == json.loads(json.dumps(to_json(study_of(sweep.folder))))
+    assert [row["metrics"]["eval_psnr"] for row in document["trials"]] == [21.0, 20.0]
