@@ -54,6 +54,9 @@ from vitok.variants import AutoencoderConfig
 COMPUTE_DTYPES = ("bfloat16", "float32")
 # Input blocks are all made before the first task starts.
 _MAX_INPUT_BLOCKS = 1000
+# Ray Data fuses steps that ask for the same resources, and then an encoder would read by itself. So
+# much less of a core, the least that Ray counts, keeps readers apart from encoders.
+_CPU_GRAIN = 1e-4
 # Cores of a task that writes: most of its time it waits.
 _CPUS_PER_WRITER = 0.25
 _MAX_LISTED = 20
@@ -291,7 +294,9 @@ def _encoded(
     steps = _Steps(settings, identity, source)
     # Not ray.data.range: its read tasks would each take a core.
     dataset = ray.data.from_blocks([pa.table({"unit": block}) for block in blocks])
-    dataset = dataset.map_batches(steps.prepare, batch_size=None, num_cpus=settings.cpus_per_reader)
+    reader_cpus = settings.cpus_per_reader
+    reader_cpus -= _CPU_GRAIN if reader_cpus == settings.cpus_per_worker else 0.0
+    dataset = dataset.map_batches(steps.prepare, batch_size=None, num_cpus=reader_cpus)
     dataset = dataset.map_batches(
         _EncoderActor,
         batch_size=None,
@@ -333,7 +338,8 @@ class _Steps:
     def commit(self, batch: dict[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
         """Make the unit of a record, and commit it."""
         identity = self._identity
-        unit = self._units[int(batch["unit"][0])]
+        (number,) = batch["unit"].tolist()
+        unit = self._units[number]
         values = torch.from_numpy(np.array(batch["values"][0])).view(DTYPES[identity.dtype])
         data, record = finish_unit(
             self._source,
@@ -368,7 +374,7 @@ class _EncoderActor:
         self._patch_size = identity.patch_size
 
     def __call__(self, batch: dict[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
-        tokens = batch["tokens"][0]
+        (tokens,) = batch["tokens"]
         rows = [
             PackedRow(
                 step=0,

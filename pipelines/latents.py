@@ -305,7 +305,7 @@ class _Table:
 
 
 # A table of 512 rows takes about 100 KB.
-@lru_cache(maxsize=2048)
+@lru_cache(maxsize=512)
 def _load_table(uri: str, num_bytes: int, table_bytes: int, num_latents: int) -> _Table:
     """Read what lies in front of a unit's latents, in one request.
 

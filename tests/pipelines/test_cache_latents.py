@@ -194,22 +194,20 @@ def test_units_cover_every_sample_once(caching: LatentCaching) -> None:
         assert max(unit.stop - unit.start for unit in units) <= unit_samples
 
 
-def test_cache_is_the_same_for_any_number_of_actors_and_after_a_kill(
-    ray_cluster: None, caching: LatentCaching, tmp_path: Path
+def test_job_goes_on_where_it_was_stopped_with_the_bytes_of_one_process(
+    ray_cluster: None, caching: LatentCaching, tmp_path: Path, one_thread: None
 ) -> None:
-    manifest = cache_latents(replace(caching, num_workers=2))
+    encode_all(caching)
     alone = files_of(caching.out)
-    assert manifest.num_units == 3
     assert len(alone) == 3 + 2 * 3
     cache = LatentCache(caching.out, encoder_digest(load_autoencoder(caching.model)))
-    assert verify_here(caching.out).bad == []
     source = Manifest.load(caching.manifest)
     records = source.records(np.arange(source.num_samples))
     assert [row.key for row in cache] == records.key.tolist()
 
-    other = replace(caching, out=str(tmp_path / "other"))
+    # As a kill leaves it: one unit without its record, one cut off in writing, one committed.
+    other = replace(caching, out=str(tmp_path / "other"), num_workers=2)
     shutil.copytree(caching.out, other.out)
-    # As a kill leaves it: one unit without its record, one cut off in writing, one not begun.
     units = Path(other.out) / "units"
     first, second, third = cache.unit_names
     (Path(other.out) / "manifest.json").unlink()
@@ -220,7 +218,8 @@ def test_cache_is_the_same_for_any_number_of_actors_and_after_a_kill(
     with pytest.raises(FileNotFoundError, match="goes on where it was stopped"):
         LatentCache(other.out)
     before = times_of(other.out)
-    cache_latents(other)
+    manifest = cache_latents(other)
+    assert manifest.num_units == 3
     assert files_of(other.out) == alone
     after = times_of(other.out)
     kept = {name for name in after if before.get(name) == after[name]}
@@ -228,6 +227,7 @@ def test_cache_is_the_same_for_any_number_of_actors_and_after_a_kill(
 
     cache_latents(other)
     assert times_of(other.out) == after, "a finished cache is left as it is"
+    assert verify_here(other.out).bad == []
 
 
 @pytest.fixture
