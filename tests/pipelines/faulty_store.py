@@ -138,7 +138,8 @@ class _ProxyHandler(BaseHTTPRequestHandler):
             case "hang up":
                 self._hang_up()
             case "reset":
-                self._send(status, headers, body[:cut])
+                if body:  # an answer without one would be whole
+                    self._send(status, headers, body[:cut])
                 # With this, closing a socket tells the other side that the connection broke.
                 linger = struct.pack("ii", 1, 0)
                 self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
