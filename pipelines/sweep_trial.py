@@ -9,6 +9,7 @@ import ray
 import torch
 from ray.data import DataContext
 from ray.tune.integration.ray_train import TuneReportCallback
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from pipelines.costs import work_of
 from pipelines.failures import Diverged, OutOfMemory, root_cause
@@ -83,7 +84,12 @@ class _Reports(TuneReportCallback):
 def _latency_of(settings: AutoencoderTraining, export: Folder) -> float:
     """Return the milliseconds in which a worker of a training reconstructs a square image."""
     run = settings.run
-    task = ray.remote(num_cpus=run.cpus_per_worker, num_gpus=int(run.use_gpu))(_time_reconstruction)
+    task = ray.remote(_time_reconstruction).options(
+        num_cpus=run.cpus_per_worker,
+        num_gpus=int(run.use_gpu),
+        # Outside what Ray Tune has reserved for the trial's own process, which is next to nothing.
+        scheduling_strategy=PlacementGroupSchedulingStrategy(placement_group=None),
+    )
     return ray.get(task.remote(export.uri, run.compute_dtype))
 
 

@@ -134,7 +134,7 @@ def test_every_trial_ends_as_it_deserves_and_the_sweep_goes_on(study: SimpleName
         DIVERGES: "diverged",
         TOO_LARGE: "out of memory",
     }
-    assert "gradient's norm is nan" in study.records[DIVERGES].reason
+    assert "the gradient's norm is" in study.records[DIVERGES].reason
     assert "can't allocate memory" in study.records[TOO_LARGE].reason
     assert len(study.killed) >= 1
     assert study.records[GOOD].starts >= 3, "killed with its driver, and by itself"
