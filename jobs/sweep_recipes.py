@@ -22,7 +22,8 @@ _QUICKSTART_FLOPS = 0.1e12  # of half of two shared cores, roughly
 def quickstart() -> SweepConfig:
     """Four tiny trials, a few minutes on two CPU cores: decoders at two compression ratios.
 
-    Three decoders at r = 48, the largest also at r = 12; draws every plot. Set base.data.manifest
+    Three decoders at r = 48, the largest also at r = 12; draws every plot. In 60 steps from a PCA
+    the ratio shows, the decoder's size does not. Set base.data.manifest
     and base.data.eval_manifest; `vitok quickstart` makes a corpus at runs/quickstart/corpus.
     """
     base = TRAINING["quickstart"]()

@@ -197,7 +197,11 @@ class _Recorder(tune.Callback):
     def __init__(self, trials: Trials) -> None:
         self._trials = trials
         self._folder = trials.sweep.folder
-        self._bar = tqdm(total=trials.total, desc="sweep", unit="trial", mininterval=1.0)
+        self._bar: Any = None
+
+    def setup(self, *args: Any, **info: Any) -> None:
+        """Begin the bar; not before, as Ray Tune pickles its callbacks first."""
+        self._bar = tqdm(total=self._trials.total, desc="sweep", unit="trial", mininterval=1.0)
 
     def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """Write that a trial begins, or goes on."""

@@ -5,6 +5,7 @@ import io
 import json
 import logging
 import math
+import os
 import tempfile
 from collections import Counter
 from dataclasses import asdict, dataclass
@@ -348,6 +349,7 @@ def _log_best(run: Folder, record: TrialRecord, tracker: Tracker) -> None:
     from mlflow.exceptions import MlflowException
     from mlflow.tracking import MlflowClient
 
+    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
     place = f"best/{record.name}"
     with tempfile.TemporaryDirectory() as scratch:
         config = Path(scratch) / CONFIG_FILE
