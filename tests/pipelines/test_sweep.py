@@ -1,198 +1,20 @@
-"""A sweep whose driver, a trial of which, and a trial's memory are lost; and what is left of it."""
+"""Which trial of a sweep is next, which is stopped, and what ran out of memory."""
 
-import json
-import os
-import signal
-import subprocess
-import sys
-import threading
-import time
-from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
-import psutil
 import pytest
 import ray
-from mlflow.tracking import MlflowClient
 from ray.tune.schedulers import ASHAScheduler
 
 from pipelines.costs import work_of
 from pipelines.failures import is_out_of_memory
-from pipelines.runs import next_step
-from pipelines.sweep import _scheduler, prepare_sweep, run_sweep
+from pipelines.sweep import _scheduler
 from pipelines.sweep_config import Axis, SweepConfig, rungs_of, trials_of
-from pipelines.sweep_records import Report, TrialRecord, read_records, write_record
-from pipelines.sweep_report import study_of, to_json
+from pipelines.sweep_records import Report, TrialRecord, write_record
 from pipelines.sweep_search import Trials
-from pipelines.tracking import TrackingConfig, tracking_uri
+from pipelines.tracking import TrackingConfig
 from pipelines.train_autoencoder import AutoencoderTraining
-from tests.conftest import make_tiny_training
-from tests.pipelines.recorded_runs import REPOSITORY
-from vitok.config import write_config
-
-TIMEOUT_S = 240
-DRIVER = """
-import sys
-from pathlib import Path
-from cluster.local import ray_session
-from pipelines.sweep import prepare_sweep, run_sweep
-from pipelines.sweep_config import SweepConfig
-from vitok.config import read_config
-with ray_session():
-    run_sweep(prepare_sweep(read_config(Path(sys.argv[1]), SweepConfig)))
-"""
-GOOD, DIVERGES, TOO_LARGE = "seed_1", "lr_1e30", "decoder_width_16777216"
-
-
-def wait_for(condition: Callable[[], Any]) -> None:
-    deadline = time.monotonic() + TIMEOUT_S
-    while not condition():
-        assert time.monotonic() < deadline, f"nothing in {TIMEOUT_S} s"
-        time.sleep(0.02)
-
-
-def sweep_of(training: AutoencoderTraining, **changes: object) -> SweepConfig:
-    run = replace(training.run, num_workers=1, max_failures=0, mfu=False)
-    points = ("seed=1", "optim.lr=1e30", "model.decoder_width=16777216")
-    given = {"name": "study", "base": replace(training, run=run), "points": points}
-    return SweepConfig(**(given | changes))
-
-
-@pytest.fixture(scope="module")
-def study(
-    ray_cluster: None,
-    sample_manifests: tuple[Path, Path],
-    tmp_path_factory: pytest.TempPathFactory,
-) -> SimpleNamespace:
-    """A sweep whose driver is killed, which goes on, and of which a trial is killed."""
-    folder = tmp_path_factory.mktemp("sweep")
-    sweep = sweep_of(make_tiny_training(sample_manifests, folder))
-    good = sweep.folder.child(GOOD)
-    write_config(folder / "sweep.json", sweep)
-    with (folder / "driver.log").open("wb") as log:
-        driver = subprocess.Popen(
-            [sys.executable, "-c", DRIVER, str(folder / "sweep.json")],
-            env={
-                **os.environ,
-                "PYTHONPATH": str(REPOSITORY),
-                "RAY_ADDRESS": ray.get_runtime_context().gcs_address,
-            },
-            stdout=log,
-            stderr=log,
-        )
-        try:
-            wait_for(lambda: next_step(good) >= 2 or driver.poll() is not None)
-            assert driver.poll() is None, (folder / "driver.log").read_text()
-        finally:
-            driver.kill()
-            driver.wait()
-    after_kill = study_of(sweep.folder)
-
-    saved = next_step(good)
-    killed: list[int] = []
-
-    def kill_trial() -> None:
-        """Kill the processes of trials when the good one has come further."""
-        old = {process.pid for process in trial_processes()}
-        wait_for(lambda: {p.pid for p in trial_processes()} - old)
-        wait_for(lambda: read_records(sweep.folder)[GOOD].starts == 2)
-        wait_for(lambda: next_step(good) > saved or next_step(good) == 6)
-        for process in trial_processes():
-            killed.append(process.pid)
-            process.send_signal(signal.SIGKILL)
-
-    thread = threading.Thread(target=kill_trial, daemon=True)
-    thread.start()
-    records = run_sweep(prepare_sweep(sweep))
-    thread.join(TIMEOUT_S)
-    return SimpleNamespace(
-        sweep=sweep,
-        records={record.name: record for record in records},
-        after_kill=after_kill,
-        killed=killed,
-    )
-
-
-def trial_processes() -> list[psutil.Process]:
-    """The processes in which Ray Tune runs trials; all Ray processes are this one's children."""
-    found = []
-    for process in psutil.Process().children(recursive=True):
-        try:
-            if "ray::ImplicitFunc" in " ".join(process.cmdline()):
-                found.append(process)
-        except psutil.NoSuchProcess:
-            continue
-    return found
-
-
-def test_every_trial_ends_as_it_deserves_and_the_sweep_goes_on(study: SimpleNamespace) -> None:
-    assert {name: record.state for name, record in study.records.items()} == {
-        GOOD: "finished",
-        DIVERGES: "diverged",
-        TOO_LARGE: "out of memory",
-    }
-    assert "the gradient's norm is" in study.records[DIVERGES].reason
-    assert "can't allocate memory" in study.records[TOO_LARGE].reason
-    assert len(study.killed) >= 1
-    assert study.records[GOOD].starts >= 3, "killed with its driver, and by itself"
-    assert study.records[GOOD].results["eval_psnr"] > 5
-    assert study.records[GOOD].latency_ms > 0
-    assert [r.step for r in study.records[GOOD].reports] in ([2, 4], [4], [2], [])
-
-
-def test_trial_is_one_mlflow_run_below_the_sweeps_with_every_step_once(
-    study: SimpleNamespace,
-) -> None:
-    sweep = study.sweep
-    run = sweep.base.run
-    client = MlflowClient(tracking_uri(run.tracking, run.storage))
-    experiment = client.get_experiment_by_name(run.tracking.experiment)
-    runs = {r.info.run_name: r for r in client.search_runs([experiment.experiment_id])}
-    assert set(runs) == {"study", GOOD, DIVERGES, TOO_LARGE}, "one each, however often it began"
-    parent = runs["study"]
-    assert parent.info.status == "FINISHED"
-    assert parent.data.tags["best_trial"] == GOOD
-    assert parent.data.tags["best_run"] == runs[GOOD].info.run_id
-    for name, record in study.records.items():
-        child = runs[name]
-        assert child.data.tags["mlflow.parentRunId"] == parent.info.run_id
-        assert child.data.tags["state"] == record.state
-        assert child.data.metrics["decoder_parameters"] == record.decoder_parameters
-    assert runs[GOOD].data.params["seed"] == "1"
-    assert runs[GOOD].data.tags["trial.seed"] == "1"
-    statuses = {name: runs[name].info.status for name in study.records}
-    assert statuses == {GOOD: "FINISHED", DIVERGES: "FAILED", TOO_LARGE: "FAILED"}
-    losses = client.get_metric_history(runs[GOOD].info.run_id, "loss")
-    assert [point.step for point in losses] == [1, 2, 3, 4, 5, 6]
-
-    def artifacts(folder: str) -> set[str]:
-        found = client.list_artifacts(parent.info.run_id, folder)
-        return {Path(file.path).name for file in found}
-
-    assert {"report.json", "report.md", "trials.csv", "quality.png"} <= artifacts("report")
-    assert artifacts(f"best/{GOOD}") == {"config.json", "reconstructions.png"}
-    logged = client.download_artifacts(parent.info.run_id, "report/report.json")
-    assert json.loads(Path(logged).read_text()) == to_json(study_of(sweep.folder))
-
-
-def test_live_sweep_has_the_report_of_what_is_there(study: SimpleNamespace) -> None:
-    live, finished = to_json(study.after_kill), to_json(study_of(study.sweep.folder))
-    assert live["states"].get("running") == 1
-    assert finished["states"] == {"diverged": 1, "finished": 1, "out of memory": 1}
-    rows = {row["name"]: row for row in finished["trials"]}
-    for row in live["trials"]:
-        if row["state"] != "running":
-            assert row == rows[row["name"]], "an ended trial does not change"
-
-
-def test_finished_sweep_starts_nothing_again(
-    study: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("pipelines.sweep._tune", None)  # would fail if it were called
-    assert {r.name: r for r in run_sweep(prepare_sweep(study.sweep))} == study.records
 
 
 def test_trials_are_handed_out_as_the_cluster_has_room(
