@@ -141,11 +141,20 @@ def test_metrics_are_identical_on_1_2_and_4_workers_and_for_shuffled_input(
     ray_cluster: None, settings: EvaluationConfig, inception: ExtractorConfig, tmp_path: Path
 ) -> None:
     settings = replace(settings, networks=inception)
-    expected = measured(evaluate(settings))
+    here = evaluate(settings)
+    expected = measured(here)
     assert expected[0][0].rfid > 0
     assert len(expected[1]) == 11
+    # Half of the processes: the sources are a subject like any other.
+    here.references[f"token budget {BUDGET}", "inception"].save(tmp_path / "reference.npz")
+    reference = str(tmp_path / "reference.npz")
     for num_workers in (1, 2, 4):
-        on_ray = replace(settings, num_workers=num_workers, cpus_per_worker=1.0)
+        on_ray = replace(
+            settings,
+            num_workers=num_workers,
+            cpus_per_worker=1.0,
+            inception_reference=reference,
+        )
         assert measured(evaluate(on_ray)) == expected, num_workers
 
     manifest = Manifest.load(settings.data)
