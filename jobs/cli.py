@@ -98,6 +98,18 @@ def sample(arguments: Sequence[str]) -> None:
     tyro.cli(flow.sample, args=arguments, prog="vitok sample")
 
 
+def judge(arguments: Sequence[str]) -> None:
+    """gFID, gFDD, Inception Score, precision and recall of generated images"""
+    from pipelines.judge_samples import Judging
+    from pipelines.judge_samples import judge as judge_set
+
+    settings = tyro.cli(Judging, args=arguments, prog="vitok judge")
+    for name, quality in judge_set(settings).items():
+        print(name)
+        _print_table({key: str(value) for key, value in asdict(quality).items() if value != ""})
+    print(f"results: {Path(settings.out).absolute()}")
+
+
 def curves(arguments: Sequence[str]) -> None:
     """a metric of generators' trainings against the operations they took"""
     from jobs import flow
@@ -411,6 +423,7 @@ COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
     "flow": flow,
     "sample": sample,
     "generate": generate,
+    "judge": judge,
     "curves": curves,
     "sweep": sweep,
     "evaluate": evaluate,

@@ -24,16 +24,18 @@ _ASSUMED_MFU = 0.4
 
 
 def flow_quickstart() -> FlowTraining:
-    """A small generator on the latents of `vitok quickstart`, in two minutes on two CPU cores.
+    """A small generator on the latents of `vitok quickstart`, in minutes on two CPU cores.
 
     Two workers, 12 classes: the photographs that the corpus is cropped from. Set cache and
     autoencoder; `vitok quickstart --flow` does.
     """
     return FlowTraining(
-        model=DiTConfig(latent_channels=64, width=256, depth=6, heads=4, num_classes=12),
+        model=DiTConfig(
+            latent_channels=64, width=192, depth=6, heads=3, num_classes=12, layer_scale=0.5
+        ),
         steps=240,
-        images_per_step=24,
-        row_tokens=1024,
+        images_per_step=16,
+        row_tokens=1792,  # two rows hold the latents of every step: one for each worker
         times=TimeConfig(shift_values=4096),
         optim=OptimConfig(lr=2e-3, warmup=0.05, ema_decay=0.99),
         sampler=SamplerConfig(steps=25, guidance=2.0),

@@ -46,8 +46,8 @@ def run_quickstart(storage: str = "runs", fresh: bool = False, flow: bool = Fals
     Args:
         storage: folder for the run, its corpus and its latents, and the MLflow database.
         fresh: delete what an earlier quickstart left in that folder, and start over.
-        flow: at the end train a generator on the latents too, and sample from it: some three
-            minutes more.
+        flow: at the end train a generator on the latents too, and sample from it: some minutes
+            more.
     """
     started = time.monotonic()
     folder = local_folder(storage) / "quickstart"

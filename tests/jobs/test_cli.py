@@ -101,7 +101,7 @@ def test_wrong_field_is_named(vitok, arguments: list[str], named: list[str]) -> 
 EVALUATE = ["evaluate", "quickstart", "--subjects"]
 HELPS = [
     *([name] for name in ("quickstart", "reconstruct", "models", "ui")),
-    *([name] for name in ("sample", "generate", "curves")),
+    *([name] for name in ("sample", "generate", "judge", "curves")),
     ["flow", "flow-quickstart"],
     ["export"],
     # The other recipes have the same fields.

@@ -134,7 +134,9 @@ def test_input_that_is_on_this_machine_only_is_refused(
 
 def test_only_commands_that_run_on_a_cluster_can_be_submitted() -> None:
     assert set(SUBMITTED) <= set(COMMANDS)
-    with pytest.raises(ValueError, match="train, encode, evaluate"):
+    with pytest.raises(
+        ValueError, match="one of train, flow, generate, sweep, encode, evaluate and"
+    ):
         submit.submit(["bench", "train"], SUBMITTED)
 
 

@@ -3,6 +3,7 @@ import json
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,14 @@ from PIL import Image
 
 from jobs.cli import main
 from pipelines import generate as generate_module
-from pipelines.generate import Generation, Generator, generate, shard_name, unit_requests
+from pipelines.generate import (
+    Generation,
+    Generator,
+    _SampleUnits,
+    generate,
+    shard_name,
+    unit_requests,
+)
 from pipelines.runs import latest_checkpoint
 from pipelines.sampling import Request, sample_requests, spread_classes, whole_patches
 from pipelines.train_flow import FlowTraining, prepare, read_statistics, shown_requests
@@ -127,6 +135,22 @@ def test_every_sample_of_a_set_has_its_own_seed_and_every_class_its_turn(
     assert {request.size for request in requests} == {(48, 64)}
 
 
+def test_shard_depends_on_its_number_alone(generation: Generation) -> None:
+    advanced: list[int] = []
+    board = SimpleNamespace(advance=SimpleNamespace(remote=advanced.append))
+    sample_units = _SampleUnits(generation, board)
+    sample_units({"unit": np.array([0, 1, 2])})
+    assert advanced == [4, 4, 3]
+    paths = sorted(Path(generation.out).glob("*.tar"))
+    assert [path.name for path in paths] == [shard_name(unit) for unit in range(3)]
+    first = [path.read_bytes() for path in paths]
+    for unit in (2, 0, 1):
+        paths[unit].unlink()
+        # Another worker, in another order.
+        _SampleUnits(generation, board)({"unit": np.array([unit])})
+    assert [path.read_bytes() for path in paths] == first
+
+
 def test_set_is_the_same_for_any_number_of_workers_and_after_a_stop(
     ray_cluster: None,
     finished_run: FlowTraining,
@@ -134,9 +158,20 @@ def test_set_is_the_same_for_any_number_of_workers_and_after_a_stop(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    alone = replace(generation, out=str(tmp_path / "alone"))
+    board = SimpleNamespace(advance=SimpleNamespace(remote=lambda count: None))
+    _SampleUnits(alone, board)({"unit": np.array([0, 1, 2])})
+    expected = [path.read_bytes() for path in sorted((tmp_path / "alone").glob("*.tar"))]
+    # What is there is kept, what is missing is made, by two workers.
+    folder = tmp_path / "samples"
+    folder.mkdir()
+    (folder / shard_name(1)).write_bytes(expected[1])
+    kept = (folder / shard_name(1)).stat().st_mtime_ns
     shards = generate(generation)
     assert [Path(shard).name for shard in shards] == [shard_name(unit) for unit in range(3)]
-    expected = [Path(shard).read_bytes() for shard in shards]
+    assert [Path(shard).read_bytes() for shard in shards] == expected
+    assert (folder / shard_name(1)).stat().st_mtime_ns == kept
+
     samples = list(webdataset.WebDataset(shards, shardshuffle=False))
     assert [int(sample["cls"]) for sample in samples] == [i % 6 for i in range(11)]
     assert [json.loads(sample["json"])["seed"] for sample in samples] == list(range(100, 111))
@@ -144,12 +179,6 @@ def test_set_is_the_same_for_any_number_of_workers_and_after_a_stop(
     assert all(picture.shape == (48, 64, 3) for picture in pictures)
     assert len({picture.tobytes() for picture in pictures}) == 11
 
-    # What is there is kept, what is missing is made again, by one worker, as it was.
-    Path(shards[1]).unlink()
-    kept = Path(shards[0]).stat().st_mtime_ns
-    again = generate(replace(generation, num_workers=1))
-    assert [Path(shard).read_bytes() for shard in again] == expected
-    assert Path(shards[0]).stat().st_mtime_ns == kept
     with monkeypatch.context() as patched:
         patched.setattr(generate_module, "_SampleUnits", None)  # would fail if it were started
         assert generate(generation) == shards

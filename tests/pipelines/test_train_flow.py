@@ -10,6 +10,8 @@ import pytest
 import torch
 import torch.distributed as dist
 from mlflow.tracking import MlflowClient
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import distribute_tensor
 
 from pipelines import train_flow
 from pipelines.failures import Unrecoverable
@@ -17,20 +19,27 @@ from pipelines.ingest import _record as record_of
 from pipelines.ingest import iterate_steps, load_share, load_step, shares_of_step
 from pipelines.latent_corpus import LatentCorpus
 from pipelines.runs import latest_checkpoint, next_step
-from pipelines.sampling import load_dit
+from pipelines.sampling import load_dit, sample_requests
 from pipelines.tracking import metric_history, tracking_uri
 from pipelines.train_flow import (
     FlowTraining,
+    build_model,
     flow_step,
     plan_of,
     prepare,
     read_settings,
     read_statistics,
     run_training,
+    sample_on_all_ranks,
+    shown_requests,
 )
 from tests.pipelines.flow_runs import flow_training, train_plainly
+from tests.vitok.ranks import run_on_ranks
+from vitok.config import read_config, write_config
 from vitok.dit import DiT
+from vitok.ema import Ema
 from vitok.initialize import start_at_random
+from vitok.parallel import shard_model
 
 CPU = torch.device("cpu")
 
@@ -126,6 +135,50 @@ def test_loss_of_a_step_is_the_same_for_any_number_of_workers(settings) -> None:
         losses.append(sum(term.item() for term in terms))
     assert losses[0] > 1
     assert losses[1:] == pytest.approx([losses[0]] * 2, rel=1e-5)
+
+
+def sample_and_note(folder: Path) -> None:
+    """Sample what an evaluation shows, with a model that is sharded over the ranks."""
+    settings = read_config(folder / "config.json", FlowTraining)
+    model = build_model(settings)
+    shard_model(model, init_device_mesh("cpu", (dist.get_world_size(),)), torch.float32)
+    start_at_random(model.to_empty(device="cpu"), seed=3)
+    velocity = model.to_velocity.weight
+    with torch.no_grad():
+        velocity.copy_(distribute_tensor(VELOCITY, velocity.device_mesh, velocity.placements))
+    ema = Ema(model, 0.9)
+    with ema.applied_to(model):
+        latents = sample_on_all_ranks(model, settings, corpus_of(settings).statistics, CPU)
+    torch.save([latent.tokens for latent in latents], folder / f"{dist.get_rank()}.pt")
+
+
+VELOCITY = torch.linspace(-1, 1, 5 * 16).sin().view(5, 16)
+
+
+def test_shown_samples_of_a_sharded_model_are_those_of_the_whole_one(
+    settings, tmp_path: Path
+) -> None:
+    write_config(tmp_path / "config.json", settings)
+    run_on_ranks(sample_and_note, 2, tmp_path)
+    model = DiT(settings.model)
+    start_at_random(model, seed=3)
+    model.to_velocity.weight.data.copy_(VELOCITY)
+    expected = sample_requests(
+        model,
+        shown_requests(settings, 16),
+        corpus_of(settings).statistics,
+        CPU,
+        sampler=settings.sampler,
+        times=settings.times,
+        row_tokens=64,
+    )
+    assert len(expected) == 3
+    for rank in range(2):
+        found = torch.load(tmp_path / f"{rank}.pt")
+        for tokens, latent in zip(found, expected, strict=True):
+            assert tokens.shape == (6, 5)
+            torch.testing.assert_close(tokens, latent.tokens, rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(expected[0].tokens, expected[1].tokens)
 
 
 def test_a_class_that_the_model_does_not_have_ends_the_run(settings) -> None:

@@ -1,0 +1,213 @@
+"""Benchmark of flow training: the step, the loop through Ray, and what the latent cache saves."""
+
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from math import ceil
+from pathlib import Path
+from statistics import fmean, median
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+
+from cluster.local import ray_session
+from jobs.bench_ingest import indexed_shards
+from jobs.bench_train import (
+    WARM_UP_STEPS,
+    StepFigures,
+    one_rank,
+    recorded_figures,
+    seconds_now,
+    time_steps,
+)
+from pipelines.cache_latents import LatentCaching, cache_latents
+from pipelines.corpus import Manifest
+from pipelines.ingest import PackedRow, StepRows, load_step
+from pipelines.loop import Recipe
+from pipelines.mixture import Corpus
+from pipelines.plan import DataConfig, Plan, Stage
+from pipelines.runs import RunConfig
+from pipelines.tracking import metric_history
+from pipelines.train_flow import (
+    FlowTraining,
+    build_model,
+    corpus_of,
+    flow_step,
+    plan_of,
+    prepare,
+    run_training,
+)
+from vitok.autoencoder import Autoencoder
+from vitok.dit import DiTConfig
+from vitok.flops import peak_flops, training_flops
+from vitok.initialize import start_at_random
+from vitok.optim import build_optimizer
+from vitok.parallel import ParallelConfig, prepare_blocks, shard_model
+from vitok.pretrained import save_pretrained
+from vitok.variants import AutoencoderConfig
+
+_SAMPLED_IMAGES = 256  # tell how many fill a row
+
+
+def measure_flow(
+    *,
+    model: DiTConfig,
+    autoencoder: str,
+    token_budget: int,
+    row_tokens: int,
+    rows_per_step: int,
+    steps: int,
+    ray_steps: int,
+    parallel: ParallelConfig,
+    shards: Sequence[str],
+    threads: int,
+    show: Callable[[str, StepFigures], None],
+) -> dict[str, float | str]:
+    """Time the steps of one worker in memory and through Ray, and the encoder on the same images.
+
+    Args:
+        autoencoder: a name; its weights are random, which costs the same time.
+        show: called with the name and the figures of each measurement.
+
+    Returns:
+        the figures of the benchmark by name.
+    """
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    shape = AutoencoderConfig.from_name(autoencoder)
+    with (
+        indexed_shards(shards) as manifest,
+        tempfile.TemporaryDirectory(prefix="vitok-bench-") as folder,
+    ):
+        weights = Autoencoder(shape)
+        start_at_random(weights, seed=0)
+        save_pretrained(Path(folder) / "autoencoder", shape, weights.state_dict())
+        # One core more, in name: reading shares the cores with the training.
+        with ray_session(num_cpus=threads + 1):
+            cache_latents(
+                LatentCaching(
+                    manifest=str(manifest.path),
+                    model=f"{folder}/autoencoder",
+                    out=f"{folder}/latents",
+                    token_budgets=(token_budget,),
+                    num_workers=1,
+                    cpus_per_worker=1,
+                    cpus_per_reader=0.5,
+                    use_gpu=device.type == "cuda",
+                )
+            )
+            settings = prepare(
+                _settings(model, folder, row_tokens, rows_per_step, ray_steps, parallel, threads)
+            )
+            before = peak_flops(device).flops_per_s
+            run = run_training(settings)
+            peak = (before + peak_flops(device).flops_per_s) / 2
+        through_ray = recorded_figures(run, settings.images_per_step, peak)
+        waits = [wait for step, wait in metric_history(run, "data_wait") if step > WARM_UP_STEPS]
+        show("ray", through_ray)
+        with one_rank():
+            in_memory, encode_s = _in_memory(settings, manifest, weights, token_budget, steps)
+        show("memory", in_memory)
+    tokens = in_memory.tokens_per_s * in_memory.seconds
+    return {
+        "peak": peak_flops(device).source,
+        "images_per_step": float(settings.images_per_step),
+        "tokens_per_s": through_ray.tokens_per_s,
+        "mfu": through_ray.mfu,
+        "data_wait": fmean(waits),
+        "step_s": through_ray.seconds,
+        "memory_step_s": in_memory.seconds,
+        "memory_tokens_per_s": in_memory.tokens_per_s,
+        "memory_mfu": in_memory.mfu,
+        "ray_overhead": through_ray.seconds / in_memory.seconds - 1,
+        "encode_s": encode_s,
+        "on_the_fly_tokens_per_s": tokens / (in_memory.seconds + encode_s),
+        "cache_speedup": 1 + encode_s / in_memory.seconds,
+    }
+
+
+def _settings(
+    model: DiTConfig,
+    folder: str,
+    row_tokens: int,
+    rows_per_step: int,
+    ray_steps: int,
+    parallel: ParallelConfig,
+    threads: int,
+) -> FlowTraining:
+    settings = FlowTraining(
+        model=model,
+        cache=f"{folder}/latents",
+        steps=ray_steps,
+        images_per_step=_SAMPLED_IMAGES,
+        row_tokens=row_tokens,
+        run=RunConfig(
+            name="bench",
+            storage=folder,
+            num_workers=1,
+            cpus_per_worker=threads,
+            use_gpu=torch.cuda.is_available(),
+            log_every=1,
+            mfu=False,
+            parallel=parallel,
+        ),
+    )
+    views = [view for row in plan_of(settings).step(0).rows for view in row]
+    patch_size = corpus_of(settings).statistics.patch_size
+    of_an_image = fmean(view.num_tokens(patch_size) for view in views)
+    images = max(1, int(rows_per_step * row_tokens / of_an_image))
+    return replace(settings, images_per_step=images)
+
+
+def _in_memory(
+    settings: FlowTraining,
+    manifest: Manifest,
+    autoencoder: Autoencoder,
+    token_budget: int,
+    steps: int,
+) -> tuple[StepFigures, float]:
+    """Return what steps on rows in memory achieve, and the seconds to encode the images of one."""
+    device = torch.device("cuda" if settings.run.use_gpu else "cpu")
+    settings = replace(settings, steps=steps)
+    corpus, plan = corpus_of(settings), plan_of(settings)
+    model = build_model(settings)
+    prepare_blocks(model, settings.run.parallel)
+    shard_model(model, init_device_mesh(device.type, (1,)), torch.bfloat16)
+    start_at_random(model.to_empty(device=device), settings.seed)
+
+    def step(model: nn.Module, row: PackedRow, device: torch.device) -> dict[str, Tensor]:
+        return flow_step(settings, corpus, model, row, device)
+
+    recipe = Recipe(
+        step=step,
+        flops=lambda row: training_flops(settings.model, row.image_tokens),
+        initialize=lambda model: None,
+    )
+    batches = [StepRows(number, load_step(plan, number), {}) for number in range(steps)]
+    optimizer = build_optimizer(model, settings.optim)
+    figures = time_steps(model, optimizer, recipe, batches, device)
+
+    images = Plan(
+        corpus=Corpus.of(manifest),
+        data=DataConfig(row_tokens=settings.row_tokens, crop_area=1.0, crop_aspect=1.0),
+        stages=(
+            Stage(
+                steps=steps,
+                images_per_step=settings.images_per_step,
+                token_budgets=(token_budget,),
+                rows_per_step=ceil(fmean(len(batch.rows) for batch in batches)),
+            ),
+        ),
+        patch_size=plan.patch_size,
+        seed=settings.seed,
+    )
+    encoder = autoencoder.to(device, torch.bfloat16).eval()
+    seconds = []
+    for number in range(steps):
+        rows = load_step(images, number)
+        start = seconds_now(device)
+        with torch.inference_mode():
+            for row in rows:
+                encoder.encode_packed(row.to_packed(device)[0])
+        seconds.append(seconds_now(device) - start)
+    return figures, median(seconds[WARM_UP_STEPS:])
