@@ -52,9 +52,10 @@ def connect(address: str) -> Any:
     try:
         return JobSubmissionClient(address or None)
     except (ConnectionError, ValueError) as error:
-        named = address or os.environ.get("RAY_ADDRESS") or "this machine"
+        named = address or os.environ.get("RAY_ADDRESS")
+        where = f"at {named}" if named else "on this machine"
         raise ConnectionError(
-            f"no job server answers at {named}; give --address http://HEAD:8265 (on Kubernetes "
+            f"no job server answers {where}; give --address http://HEAD:8265 (on Kubernetes "
             "after `kubectl port-forward`), or start a cluster with `vitok cluster up`"
         ) from error
 

@@ -71,7 +71,8 @@ def submit(arguments: Sequence[str], commands: dict[str, Callable[[Sequence[str]
     command, *fields = rest or [""]
     if command not in commands:
         raise ValueError(
-            f"vitok submit takes one of {', '.join(commands)} and its arguments, not {command!r}"
+            f"vitok submit takes one of {', '.join(commands)} and its arguments"
+            + (f", not {command!r}" if command else "")
         )
     settings = commands[command](fields)
     run = _run_name(settings)
