@@ -343,7 +343,7 @@ def bench(arguments: Sequence[str]) -> None:
 
 
 def submit(arguments: Sequence[str]) -> None:
-    """run train, encode or evaluate as a job on a Ray cluster"""
+    """run train, flow, sweep, encode or evaluate as a job on a Ray cluster"""
     from jobs.submit import submit as submit_job
 
     submit_job(arguments, SUBMITTED)
@@ -376,11 +376,16 @@ def _training(arguments: Sequence[str]) -> Any:
     return _recipe(TRAINING, arguments, "train")
 
 
-def _caching(arguments: Sequence[str]) -> Any:
+def _encoding(arguments: Sequence[str]) -> Any:
     from jobs.encoding import ENCODING
+
+    return _recipe(ENCODING, arguments, "encode")
+
+
+def _caching(arguments: Sequence[str]) -> Any:
     from pipelines.cache_latents import complete
 
-    return complete(_recipe(ENCODING, arguments, "encode"))
+    return complete(_encoding(arguments))
 
 
 def _evaluation(arguments: Sequence[str]) -> Any:
@@ -413,7 +418,7 @@ SUBMITTED: dict[str, Callable[[Sequence[str]], Any]] = {
     "flow": _flow,
     "generate": _generation,
     "sweep": _sweep,
-    "encode": _caching,
+    "encode": _encoding,
     "evaluate": _evaluation,
 }
 

@@ -52,9 +52,10 @@ def connect(address: str) -> Any:
     try:
         return JobSubmissionClient(address or None)
     except (ConnectionError, ValueError) as error:
-        named = address or os.environ.get("RAY_ADDRESS") or "this machine"
+        named = address or os.environ.get("RAY_ADDRESS")
+        where = f"at {named}" if named else "on this machine"
         raise ConnectionError(
-            f"no job server answers at {named}; give --address http://HEAD:8265 (on Kubernetes "
+            f"no job server answers {where}; give --address http://HEAD:8265 (on Kubernetes "
             "after `kubectl port-forward`), or start a cluster with `vitok cluster up`"
         ) from error
 
@@ -130,10 +131,12 @@ def _print_log(client: Any, job_id: str) -> None:
         time.sleep(2.0**num_failed)
 
 
-def job_at_work(client: Any, run: str) -> str | None:
-    """Return the job that is at work on a run, if any."""
+def job_at_work(client: Any, command: str, run: str) -> str | None:
+    """Return the job that is at work on a run of a command, if any."""
     for details in client.list_jobs():
-        if (details.metadata or {}).get(RUN_KEY) == run and not details.status.is_terminal():
+        metadata = details.metadata or {}
+        is_same = (metadata.get(COMMAND_KEY), metadata.get(RUN_KEY)) == (command, run)
+        if is_same and not details.status.is_terminal():
             return str(details.submission_id)
     return None
 

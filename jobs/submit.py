@@ -71,7 +71,8 @@ def submit(arguments: Sequence[str], commands: dict[str, Callable[[Sequence[str]
     command, *fields = rest or [""]
     if command not in commands:
         raise ValueError(
-            f"vitok submit takes one of {', '.join(commands)} and its arguments, not {command!r}"
+            f"vitok submit takes one of {', '.join(commands)} and its arguments"
+            + (f", not {command!r}" if command else "")
         )
     settings = commands[command](fields)
     run = _run_name(settings)
@@ -96,7 +97,7 @@ def submit(arguments: Sequence[str], commands: dict[str, Callable[[Sequence[str]
             _print_plan(run, entrypoint, runtime_env, package)
             return
         client = remote.connect(options.address)
-        if job := remote.job_at_work(client, run):
+        if job := remote.job_at_work(client, command, run):
             raise RuntimeError(
                 f"job {job} is at work on the run {run!r}; wait for it, end it with `vitok jobs "
                 f"stop {job}`, or choose another name"
@@ -139,6 +140,8 @@ def _run_name(settings: Any) -> str:
     """Return what a second submission of the same work has in common with the first."""
     if hasattr(settings, "run"):
         return str(settings.run.name)
+    if hasattr(settings, "name"):
+        return str(settings.name)
     return str(settings.out).rstrip("/").rpartition("/")[2]
 
 
@@ -165,9 +168,10 @@ def _check_locations(settings: Any, package: Package | None) -> None:
         ValueError: names the field, its value, and what to give instead.
     """
     fields = flatten(settings)
-    for name in ("run.storage", "out"):
-        value = fields.get(name)
-        if value is not None and "://" not in value and not Path(value).is_absolute():
+    for name, value in fields.items():
+        if name != "out" and not name.endswith("run.storage"):
+            continue
+        if "://" not in value and not Path(value).is_absolute():
             raise ValueError(
                 f"{name}={value} would lie in the job's copy of the working tree, which is deleted "
                 "with it; give an s3:// prefix, or the full path of a folder that all nodes share"
