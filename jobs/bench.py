@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from json import dumps
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import psutil
 import torch
@@ -18,6 +18,9 @@ from torch.nn.utils.rnn import pad_sequence
 from vitok import attention as attention_module
 from vitok.attention import AttentionLayout, attention_layout, packed_attention
 from vitok.packed import layout_of
+
+if TYPE_CHECKING:
+    from jobs.bench_train import StepFigures
 
 
 def attention(
@@ -238,19 +241,11 @@ def train(
         threads: CPU threads.
         json: print the JSON alone.
     """
-    from jobs.bench_train import StepFigures, measure_training
+    from jobs.bench_train import measure_training
     from vitok.losses import LossConfig
     from vitok.parallel import ParallelConfig
 
     torch.set_num_threads(threads)
-
-    def show(name: str, figures: StepFigures) -> None:
-        if not json:
-            print(
-                f"{name:<12} {figures.seconds:8.3f} s/step {figures.tokens_per_s:10.0f} tokens/s "
-                f"{figures.mfu:6.1%} of {figures.peak_flops / 1e12:.3g} TFLOP/s",
-                flush=True,
-            )
 
     loss = LossConfig.paper(dino_weights) if dino_weights else LossConfig()
     figures = measure_training(
@@ -269,12 +264,9 @@ def train(
         ray_steps=ray_steps,
         shards=shards,
         threads=threads,
-        show=show,
+        show=_show_nothing if json else _show_step,
     )
-    rounded = {k: round(v, 4) if isinstance(v, float) else v for k, v in figures.items()}
-    if not json:
-        for name, figure in rounded.items():
-            print(f"{name:<26} {figure}")
+    rounded = _rounded(figures, quiet=json)
     _finish("train", {"model": model, "row_tokens": row_tokens, **rounded}, threads)
 
 
@@ -313,20 +305,11 @@ def flow(
         json: print the JSON alone.
     """
     from jobs.bench_flow import measure_flow
-    from jobs.bench_train import StepFigures
     from vitok.dit import DiTConfig
     from vitok.parallel import ParallelConfig
     from vitok.variants import AutoencoderConfig
 
     torch.set_num_threads(threads)
-
-    def show(name: str, figures: StepFigures) -> None:
-        if not json:
-            print(
-                f"{name:<12} {figures.seconds:8.3f} s/step {figures.tokens_per_s:10.0f} tokens/s "
-                f"{figures.mfu:6.1%} of {figures.peak_flops / 1e12:.3g} TFLOP/s",
-                flush=True,
-            )
 
     figures = measure_flow(
         model=DiTConfig(
@@ -345,12 +328,9 @@ def flow(
         parallel=ParallelConfig(compile=compile, float8=float8),
         shards=shards,
         threads=threads,
-        show=show,
+        show=_show_nothing if json else _show_step,
     )
-    rounded = {k: round(v, 4) if isinstance(v, float) else v for k, v in figures.items()}
-    if not json:
-        for name, figure in rounded.items():
-            print(f"{name:<26} {figure}")
+    rounded = _rounded(figures, quiet=json)
     shape = {"width": width, "depth": depth, "autoencoder": autoencoder, "row_tokens": row_tokens}
     _finish("flow", {**shape, **rounded}, threads)
 
@@ -521,6 +501,27 @@ def _time(
         forward.append(1e3 * (middle - start))
         backward.append(1e3 * (time.perf_counter() - middle))
     return statistics.median(forward[1:]), statistics.median(backward[1:])
+
+
+def _show_step(name: str, figures: "StepFigures") -> None:
+    print(
+        f"{name:<12} {figures.seconds:8.3f} s/step {figures.tokens_per_s:10.0f} tokens/s "
+        f"{figures.mfu:6.1%} of {figures.peak_flops / 1e12:.3g} TFLOP/s",
+        flush=True,
+    )
+
+
+def _show_nothing(name: str, figures: "StepFigures") -> None:
+    pass
+
+
+def _rounded(figures: dict[str, float | str], *, quiet: bool) -> dict[str, float | str]:
+    """Return figures with four decimals, after a line for each."""
+    rounded = {k: round(v, 4) if isinstance(v, float) else v for k, v in figures.items()}
+    if not quiet:
+        for name, figure in rounded.items():
+            print(f"{name:<26} {figure}")
+    return rounded
 
 
 def _finish(name: str, figures: dict[str, Any], threads: int) -> None:

@@ -4,12 +4,14 @@ import signal
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
+from dataclasses import replace
 from typing import Any
 
 import ray
 import ray.data
 import ray.train
 from ray.train.torch import TorchTrainer
+from torch import nn
 
 from pipelines import ingest
 from pipelines.failures import (
@@ -20,10 +22,12 @@ from pipelines.failures import (
     root_cause,
 )
 from pipelines.gauges import RunGauges
+from pipelines.loop import Recipe, fit
 from pipelines.plan import Plan
 from pipelines.progress import progress_bar
 from pipelines.runs import RunConfig, next_step
 from pipelines.tracking import Tracker, system_metrics
+from vitok.config import to_dict
 from vitok.storage import Folder
 
 # How often an elastic group looks whether it can grow.
@@ -41,8 +45,8 @@ def launch(
 
     Args:
         worker: what every Ray Train worker runs; it is given {"settings", "tracking", "board"}
-            and calls fit().
-        settings: the training's config, with a RunConfig as `run`.
+            and calls work().
+        settings: the training's config, with a RunConfig as `run` and an OptimConfig as `optim`.
         callbacks: told of every checkpoint, in Ray Train's controller.
 
     Raises:
@@ -119,8 +123,30 @@ def launch(
         )
 
 
+def work(given: dict[str, Any], model: nn.Module, recipe: Recipe, plan: Plan) -> None:
+    """Do a worker's part of a training, recorded; called in every Ray Train worker.
+
+    Args:
+        given: what `launch` gives to each worker.
+        model: on the meta device.
+        recipe: its story is written here.
+    """
+    settings = given["settings"]
+    story = {"config": to_dict(settings), "mlflow_run_id": given["tracking"]["run_id"]}
+    with _recorded(given) as tracker:
+        fit(
+            model,
+            replace(recipe, story=story),
+            plan=plan,
+            optim=settings.optim,
+            run=settings.run,
+            tracker=tracker,
+            board=given["board"],
+        )
+
+
 @contextmanager
-def recorded(given: dict[str, Any]) -> Iterator[Tracker | None]:
+def _recorded(given: dict[str, Any]) -> Iterator[Tracker | None]:
     """Record a worker's part of the run: gives rank 0 its Tracker, and nobody else one.
 
     What would end every other attempt in the same way ends the run, and is told to the board.

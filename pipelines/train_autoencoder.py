@@ -14,8 +14,8 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_
 
 from pipelines.corpus import Manifest
 from pipelines.ingest import PackedRow, load_step
-from pipelines.launch import launch, recorded
-from pipelines.loop import Evaluation, Recipe, fit
+from pipelines.launch import launch, work
+from pipelines.loop import Evaluation, Recipe
 from pipelines.mixture import Corpus
 from pipelines.plan import DataConfig, Plan, Stage
 from pipelines.reconstruction import (
@@ -27,7 +27,7 @@ from pipelines.reconstruction import (
 from pipelines.runs import CONFIG_FILE, RunConfig, claim_folder, latest_checkpoint, next_step
 from pipelines.tracking import open_run
 from vitok.autoencoder import Autoencoder, part_of
-from vitok.config import config, flatten, parse_json, require_choice, to_dict
+from vitok.config import config, flatten, parse_json, require_choice
 from vitok.flops import training_flops
 from vitok.initialize import start_at_random, start_from_pca
 from vitok.losses import LossConfig, ReconstructionLoss
@@ -438,18 +438,8 @@ def _worker(given: dict[str, Any]) -> None:
         flops=lambda row: row_flops(settings, row),
         initialize=lambda model: initialize(model, settings, plan),
         evaluate=evaluate if held_out else None,
-        story={"config": to_dict(settings), "mlflow_run_id": given["tracking"]["run_id"]},
     )
-    with recorded(given) as tracker:
-        fit(
-            build_model(settings),
-            recipe,
-            plan=plan,
-            optim=settings.optim,
-            run=settings.run,
-            tracker=tracker,
-            board=given["board"],
-        )
+    work(given, build_model(settings), recipe, plan)
 
 
 def _sample_patches(plan: Plan) -> Tensor:

@@ -13,8 +13,8 @@ from pipelines.failures import Unrecoverable
 from pipelines.ingest import PackedRow
 from pipelines.latent_corpus import LatentCorpus, LatentStatistics
 from pipelines.latents import LatentCache
-from pipelines.launch import launch, recorded
-from pipelines.loop import Evaluation, Recipe, fit
+from pipelines.launch import launch, work
+from pipelines.loop import Evaluation, Recipe
 from pipelines.plan import DataConfig, Plan, Stage
 from pipelines.runs import CONFIG_FILE, RunConfig, claim_folder
 from pipelines.sampling import (
@@ -301,15 +301,5 @@ def _worker(given: dict[str, Any]) -> None:
         flops=lambda row: training_flops(settings.model, row.image_tokens),
         initialize=lambda model: start_at_random(model, settings.seed),
         evaluate=evaluate if settings.autoencoder else None,
-        story={"config": to_dict(settings), "mlflow_run_id": given["tracking"]["run_id"]},
     )
-    with recorded(given) as tracker:
-        fit(
-            build_model(settings),
-            recipe,
-            plan=plan,
-            optim=settings.optim,
-            run=settings.run,
-            tracker=tracker,
-            board=given["board"],
-        )
+    work(given, build_model(settings), recipe, plan)

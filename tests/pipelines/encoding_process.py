@@ -33,3 +33,9 @@ def encode_all(settings: LatentCaching) -> None:
         commit_unit(cache, data, record)
     finish_cache(settings, identity, source, units)
     Path(settings.out).with_suffix(".done").touch()
+
+
+def files_of(cache: str) -> dict[str, bytes]:
+    """Every file of a folder with its bytes, by its path in the folder."""
+    root = Path(cache)
+    return {str(p.relative_to(root)): p.read_bytes() for p in root.rglob("*") if p.is_file()}

@@ -21,7 +21,7 @@ from pipelines.latents import LatentCache
 from pipelines.train_autoencoder import load_autoencoder
 from pipelines.verify_latents import verify_here
 from tests.conftest import tiny_model
-from tests.pipelines.encoding_process import encode_all
+from tests.pipelines.encoding_process import encode_all, files_of
 from vitok.autoencoder import Autoencoder
 from vitok.initialize import start_at_random
 from vitok.packed import pack_images
@@ -50,12 +50,6 @@ def caching(
         use_gpu=False,
         cpus_per_reader=0.5,
     )
-
-
-def files_of(cache: str) -> dict[str, bytes]:
-    """Every file of a folder with its bytes, by its path in the folder."""
-    root = Path(cache)
-    return {str(p.relative_to(root)): p.read_bytes() for p in root.rglob("*") if p.is_file()}
 
 
 def times_of(cache: str) -> dict[str, int]:

@@ -15,7 +15,7 @@ from pipelines import cache_latents as module
 from pipelines.cache_latents import LatentCaching, cache_latents
 from pipelines.latents import LatentCache
 from pipelines.verify_latents import verify_here
-from tests.pipelines.encoding_process import encode_all
+from tests.pipelines.encoding_process import encode_all, files_of
 
 KILLS = 20
 JOIN_TIMEOUT_S = 120.0
@@ -39,11 +39,6 @@ def caching(
         use_gpu=False,
         cpus_per_reader=0.5,
     )
-
-
-def contents(cache: str) -> dict[str, bytes]:
-    root = Path(cache)
-    return {str(p.relative_to(root)): p.read_bytes() for p in root.rglob("*") if p.is_file()}
 
 
 def committed(cache: str) -> dict[str, int]:
@@ -71,7 +66,7 @@ def test_twenty_kills_change_no_byte_and_nothing_is_encoded_twice(
     process = start(caching)
     process.join(JOIN_TIMEOUT_S)
     assert process.exitcode == 0
-    expected = contents(caching.out)
+    expected = files_of(caching.out)
     assert len(expected) == 3 + 2 * 30
 
     killed = replace(caching, out=str(tmp_path / "killed"))
@@ -96,7 +91,7 @@ def test_twenty_kills_change_no_byte_and_nothing_is_encoded_twice(
         assert time.monotonic() - began < JOIN_TIMEOUT_S
     # On a busy machine it gets further between two looks at it, and is done before the last kill.
     assert num_kills >= KILLS // 2
-    assert contents(killed.out) == expected
+    assert files_of(killed.out) == expected
     assert verify_here(killed.out).bad == []
 
 
@@ -153,5 +148,5 @@ def test_four_encoders_and_dying_workers_give_the_files_of_one_process(
     process.join(JOIN_TIMEOUT_S)
     assert process.exitcode == 0
     assert len(list(tmp_path.glob("[0-9] *"))) == len(DEATHS), "all of them died"
-    assert contents(caching.out) == contents(one.out)
+    assert files_of(caching.out) == files_of(one.out)
     assert len(LatentCache(caching.out)) == 60 * 4

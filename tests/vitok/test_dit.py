@@ -1,14 +1,11 @@
 import copy
 import dataclasses
-from collections.abc import Iterator
-from functools import partial
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
@@ -288,25 +285,6 @@ def run(model: nn.Module, grids: list[tuple[int, int]]) -> tuple[Tensor, dict[st
 
 
 ROWS = [GRIDS, [(6, 8)], [(1, 1)] * 5, []]
-
-
-@pytest.fixture
-def traced(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Let torch.compile trace and count, but not generate code, which takes long."""
-    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
-    torch._dynamo.reset()
-    counters.clear()
-    yield
-    torch._dynamo.reset()
-    counters.clear()
-
-
-@pytest.fixture
-def mesh() -> Iterator[DeviceMesh]:
-    """A world of one rank, in this process."""
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    yield init_device_mesh("cpu", (1,))
-    dist.destroy_process_group()
 
 
 @pytest.mark.parametrize(
