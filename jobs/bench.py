@@ -2,8 +2,6 @@
 
 import os
 import platform
-import statistics
-import time
 from collections.abc import Callable
 from dataclasses import replace
 from json import dumps
@@ -11,13 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import psutil
 import torch
-from torch import Tensor
-from torch.nn import functional as F
-from torch.nn.utils.rnn import pad_sequence
-
-from vitok import attention as attention_module
-from vitok.attention import AttentionLayout, attention_layout, packed_attention
-from vitok.packed import layout_of
+import tyro
 
 if TYPE_CHECKING:
     from jobs.bench_train import StepFigures
@@ -43,61 +35,18 @@ def attention(
         repeats: timed passes; the median counts.
         json: print the JSON alone.
     """
+    from jobs.bench_attention import measure_attention
+
     torch.set_num_threads(threads)
-    layout, is_key = _layout(row_tokens, tokens_per_image)
-    real_tokens = int(layout.cu_seqlens[-1])
-    generator = torch.Generator().manual_seed(0)
-    qkv = [
-        torch.randn(real_tokens, num_heads, head_dim, generator=generator).bfloat16()
-        for _ in range(3)
-    ]
-    lengths = [rows * columns for rows, columns in layout.grids]
-
-    def images_fused(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        limit = attention_module.MAX_EXPLICIT_TOKENS
-        attention_module.MAX_EXPLICIT_TOKENS = 0
-        try:
-            return packed_attention(q, k, v, layout)
-        finally:
-            attention_module.MAX_EXPLICIT_TOKENS = limit
-
-    def padded(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        q, k, v = (
-            pad_sequence(x.split(lengths), batch_first=True).transpose(1, 2) for x in (q, k, v)
-        )
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=is_key).transpose(1, 2)
-        return torch.cat([image[:n] for image, n in zip(out, lengths, strict=True)])
-
-    def grouped(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        parts = [x.split(lengths) for x in (q, k, v)]
-        outputs: list[Tensor] = [q] * len(lengths)
-        for length in sorted(set(lengths)):
-            members = [i for i, n in enumerate(lengths) if n == length]
-            stacked = (torch.stack([x[i] for i in members]).transpose(1, 2) for x in parts)
-            out = F.scaled_dot_product_attention(*stacked).transpose(1, 2)
-            for place, i in enumerate(members):
-                outputs[i] = out[place]
-        return torch.cat(outputs)
-
-    candidates: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
-        "per_image_explicit": lambda q, k, v: packed_attention(q, k, v, layout),
-        "per_image_sdpa": images_fused,
-        "length_groups_sdpa": grouped,
-        "padded_sdpa": padded,
-    }
-    results = {name: _time(candidate, qkv, repeats) for name, candidate in candidates.items()}
-    if not json:
-        for name, timing in results.items():
-            print(f"{name:<20} forward {timing[0]:8.1f} ms   backward {timing[1]:8.1f} ms")
-    _finish(
-        "attention",
-        {
-            f"{name}_{part}_ms": round(t, 3)
-            for name, ts in results.items()
-            for part, t in zip(("forward", "backward"), ts, strict=True)
-        },
-        threads,
+    figures = measure_attention(
+        row_tokens=row_tokens,
+        tokens_per_image=tokens_per_image,
+        num_heads=num_heads,
+        head_dim=head_dim,
+        repeats=repeats,
     )
+    _rounded(figures, quiet=json)
+    _finish("attention", {name: round(figure, 3) for name, figure in figures.items()}, threads)
 
 
 def inference(
@@ -451,6 +400,25 @@ def encode(
     _finish("encode", {"model": model, "side": side, **rounded}, threads)
 
 
+def every(labels: tyro.conf.Positional[tuple[str, ...]] = (), /, *, json: bool = False) -> None:
+    """Every benchmark with its defaults, one after the other, beside what the project aims at.
+
+    Takes most of an hour on two cores, and means something only where nothing else runs.
+
+    Args:
+        labels: some of them alone: attention, ingest, encode, encode-linear, train, flow,
+            inference, quality.
+        json: print the JSON alone.
+    """
+    from jobs.bench_all import run_all
+
+    def show(line: str) -> None:
+        if not json:
+            print(line, flush=True)
+
+    _finish("all", run_all(labels, show), threads=os.cpu_count() or 1)
+
+
 BENCHMARKS: dict[str, Callable[..., None]] = {
     "attention": attention,
     "inference": inference,
@@ -459,6 +427,7 @@ BENCHMARKS: dict[str, Callable[..., None]] = {
     "train": train,
     "flow": flow,
     "quality": quality,
+    "all": every,
 }
 
 
@@ -467,40 +436,6 @@ def _free_bytes() -> int:
     if torch.cuda.is_available():
         return torch.cuda.mem_get_info()[0]
     return psutil.virtual_memory().available
-
-
-def _layout(row_tokens: int, tokens_per_image: int) -> tuple[AttentionLayout, Tensor]:
-    """Return a full row of images of 3/4 to all of the tokens, and which padded keys are real."""
-    generator = torch.Generator().manual_seed(0)
-    lengths: list[int] = []
-    while sum(lengths) < row_tokens - tokens_per_image:
-        low = max(1, tokens_per_image * 3 // 4)
-        lengths.append(int(torch.randint(low, tokens_per_image + 1, (), generator=generator)))
-    packed = layout_of(
-        [(1, n) for n in lengths],
-        patch_size=1,
-        row_tokens=sum(lengths),
-        max_images=len(lengths),
-        max_seqlen=tokens_per_image,
-    )
-    is_key = torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]
-    return attention_layout(packed, torch.bfloat16, 64), is_key[:, None, None]
-
-
-def _time(
-    function: Callable[[Tensor, Tensor, Tensor], Tensor], qkv: list[Tensor], repeats: int
-) -> tuple[float, float]:
-    """Return the median milliseconds of forward and of backward, after one warm-up."""
-    forward, backward = [], []
-    for _ in range(repeats + 1):
-        inputs = [x.detach().requires_grad_() for x in qkv]
-        start = time.perf_counter()
-        out = function(*inputs)
-        middle = time.perf_counter()
-        out.sum().backward()
-        forward.append(1e3 * (middle - start))
-        backward.append(1e3 * (time.perf_counter() - middle))
-    return statistics.median(forward[1:]), statistics.median(backward[1:])
 
 
 def _show_step(name: str, figures: "StepFigures") -> None:

@@ -1,8 +1,5 @@
 """The command `vitok`: one sub-command for each job."""
 
-import difflib
-import glob
-import inspect
 import json
 import os
 import sys
@@ -10,16 +7,12 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import tyro
 
+from jobs.command_lines import UsageError, lookup, read_recipe, sub_command
 from pipelines.failures import Preempted, root_cause
-from pipelines.tar_index import IMAGE_EXTENSIONS
-
-
-class UsageError(ValueError):
-    """A command line that names something that does not exist."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -30,7 +23,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0 if given else 2
     name, *rest = given
     try:
-        _lookup(COMMANDS, name, "command")(rest)
+        lookup(COMMANDS, name, "command")(rest)
     except UsageError as error:
         return _complain(str(error), 2)
     except BrokenPipeError:  # the reader of our output, head or less, has seen enough
@@ -158,87 +151,9 @@ def encode(arguments: Sequence[str]) -> None:
 
 def reconstruct(arguments: Sequence[str]) -> None:
     """original, reconstruction and error map of images"""
-    import torch
-    from PIL import Image
+    from jobs.reconstruct import reconstruct as reconstruct_images
 
-    from pipelines.decode import UnreadableImage
-    from pipelines.reconstruction import comparison, reconstruct_image
-    from pipelines.train_autoencoder import load_autoencoder
-
-    def run(
-        images: tyro.conf.Positional[list[str]],
-        /,
-        *,
-        model: str,
-        resolution: int | Literal["native"] = 512,
-        window: int | Literal["full"] = "full",
-        dtype: Literal["bfloat16", "float32"] = "float32",
-        out: str = "reconstructions",
-        json: bool = False,
-    ) -> None:
-        """Reconstruct images and save original, reconstruction and error map side by side.
-
-        Args:
-            images: files, folders or globs.
-            model: a released model (350M-f16x64), a Hugging Face repository, a training run, or a
-                folder of weights.
-            resolution: a larger image is shrunk, aspect kept, to the tokens of a square of so many
-                pixels a side; native keeps every size.
-            window: radius in patches of 2D sliding-window attention, such as 8; it makes the time
-                of large images linear.
-            dtype: precision of the weights.
-            out: folder for the PNG files.
-            json: print the results as JSON on the last line.
-        """
-        for name, limit, remedy in (
-            ("resolution", resolution, "or native"),
-            ("window", window, "or full"),
-        ):
-            if isinstance(limit, int) and limit < 1:
-                raise UsageError(f"{name}={limit} must be at least 1, {remedy}")
-        files = _image_files(images)
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-        autoencoder = load_autoencoder(model).to(device, getattr(torch, dtype))
-        folder = Path(out)
-        folder.mkdir(parents=True, exist_ok=True)
-        results: dict[Path, dict[str, Any]] = {}
-        unreadable: list[str] = []
-        for file in files:
-            try:
-                result, picture, seconds = reconstruct_image(
-                    autoencoder,
-                    file,
-                    resolution=None if resolution == "native" else resolution,
-                    window=None if window == "full" else window,
-                )
-            except (UnreadableImage, OSError) as error:
-                unreadable.append(str(error))
-                continue
-            # Files of one name in several folders, or of two formats, have a picture each.
-            names = (file.stem, *(f"{file.stem}-{number}" for number in range(2, len(files) + 1)))
-            target = next(path for name in names if (path := folder / f"{name}.png") not in results)
-            Image.fromarray(comparison(picture.source, picture.reconstruction)).save(target)
-            results[target] = {
-                "image": str(file),
-                "picture": str(target),
-                **asdict(result),
-                "seconds": seconds,
-            }
-            print(
-                f"{target}: {result.width} x {result.height}, {result.num_tokens} tokens, "
-                f"PSNR {result.psnr:.2f} dB, SSIM {result.ssim:.4f}, {seconds:.2f} s"
-            )
-        if json:
-            _print_json(list(results.values()))
-        if unreadable:
-            listed = "; ".join(unreadable[:10]) + (" ..." if len(unreadable) > 10 else "")
-            raise ValueError(
-                listed
-                if len(files) == 1
-                else f"{len(unreadable)} of {len(files)} images are unreadable: {listed}"
-            )
-
-    tyro.cli(run, args=arguments, prog="vitok reconstruct")
+    tyro.cli(reconstruct_images, args=arguments, prog="vitok reconstruct")
 
 
 def export(arguments: Sequence[str]) -> None:
@@ -325,21 +240,21 @@ def corpus(arguments: Sequence[str]) -> None:
     """shards of images, their manifest, checks and plans (corpus build, index, check, plan)"""
     from jobs.corpus import CORPUS_COMMANDS
 
-    _sub_command("corpus", CORPUS_COMMANDS, arguments)
+    sub_command("corpus", CORPUS_COMMANDS, arguments)
 
 
 def latents(arguments: Sequence[str]) -> None:
     """latent caches: check, contents, other formats (latents verify, stats, ls, export, plan)"""
     from jobs.latents import LATENT_COMMANDS
 
-    _sub_command("latents", LATENT_COMMANDS, arguments)
+    sub_command("latents", LATENT_COMMANDS, arguments)
 
 
 def bench(arguments: Sequence[str]) -> None:
     """benchmarks; JSON on the last line"""
     from jobs.bench import BENCHMARKS
 
-    _sub_command("bench", BENCHMARKS, arguments)
+    sub_command("bench", BENCHMARKS, arguments)
 
 
 def submit(arguments: Sequence[str]) -> None:
@@ -353,14 +268,14 @@ def jobs(arguments: Sequence[str]) -> None:
     """jobs on a Ray cluster (jobs ls, status, logs, stop)"""
     from jobs.remote import JOBS_COMMANDS
 
-    _sub_command("jobs", JOBS_COMMANDS, arguments)
+    sub_command("jobs", JOBS_COMMANDS, arguments)
 
 
 def cluster(arguments: Sequence[str]) -> None:
     """Ray, MLflow and a store on this machine (cluster up, status, down)"""
     from cluster.stack import CLUSTER_COMMANDS
 
-    _sub_command("cluster", CLUSTER_COMMANDS, arguments)
+    sub_command("cluster", CLUSTER_COMMANDS, arguments)
 
 
 def doctor(arguments: Sequence[str]) -> None:
@@ -373,13 +288,13 @@ def doctor(arguments: Sequence[str]) -> None:
 def _training(arguments: Sequence[str]) -> Any:
     from jobs.recipes import TRAINING
 
-    return _recipe(TRAINING, arguments, "train")
+    return read_recipe(TRAINING, arguments, "train")
 
 
 def _encoding(arguments: Sequence[str]) -> Any:
     from jobs.encoding import ENCODING
 
-    return _recipe(ENCODING, arguments, "encode")
+    return read_recipe(ENCODING, arguments, "encode")
 
 
 def _caching(arguments: Sequence[str]) -> Any:
@@ -391,13 +306,13 @@ def _caching(arguments: Sequence[str]) -> Any:
 def _evaluation(arguments: Sequence[str]) -> Any:
     from jobs.evaluations import EVALUATIONS
 
-    return _recipe(EVALUATIONS, arguments, "evaluate")
+    return read_recipe(EVALUATIONS, arguments, "evaluate")
 
 
 def _flow(arguments: Sequence[str]) -> Any:
     from jobs.flow_recipes import FLOWS
 
-    return _recipe(FLOWS, arguments, "flow")
+    return read_recipe(FLOWS, arguments, "flow")
 
 
 def _generation(arguments: Sequence[str]) -> Any:
@@ -409,7 +324,7 @@ def _generation(arguments: Sequence[str]) -> Any:
 def _sweep(arguments: Sequence[str]) -> Any:
     from jobs.sweep_recipes import SWEEPS
 
-    return _recipe(SWEEPS, arguments, "sweep")
+    return read_recipe(SWEEPS, arguments, "sweep")
 
 
 # What `vitok submit` takes: the config that a command line asks for.
@@ -451,73 +366,6 @@ def _overview() -> str:
     lines = ["usage: vitok COMMAND [ARGUMENTS]      (vitok COMMAND --help shows every field)", ""]
     lines += [f"  {name:<12} {command.__doc__}" for name, command in COMMANDS.items()]
     return "\n".join(lines)
-
-
-def _recipe(recipes: dict[str, Callable[[], Any]], arguments: Sequence[str], command: str) -> Any:
-    """Return a recipe's config with the overrides of the command line."""
-    if not arguments or arguments[0].startswith("-"):
-        print(f"usage: vitok {command} RECIPE [--field value ...]\n\nrecipes:")
-        width = max(map(len, recipes))
-        family = ""
-        for name, recipe in recipes.items():
-            if family != (family := name.partition("-")[0]):
-                print()
-            print(f"  {name:<{width}}  {(recipe.__doc__ or '').splitlines()[0]}")
-        print(f"\nvitok {command} RECIPE --help shows every field.")
-        raise SystemExit(0 if arguments and arguments[0] in ("-h", "--help") else 2)
-    recipe = _lookup(recipes, arguments[0], "recipe")
-    default = recipe()
-    return tyro.cli(
-        type(default),
-        default=default,
-        args=arguments[1:],
-        prog=f"vitok {command} {arguments[0]}",
-        description=inspect.getdoc(recipe),
-    )
-
-
-def _sub_command(
-    command: str, functions: dict[str, Callable[..., None]], arguments: Sequence[str]
-) -> None:
-    if not arguments or arguments[0] in ("-h", "--help"):
-        print(f"usage: vitok {command} NAME [ARGUMENTS]\n")
-        for name, function in functions.items():
-            print(f"  {name:<12} {(function.__doc__ or '').splitlines()[0]}")
-        raise SystemExit(0 if arguments else 2)
-    name, *rest = arguments
-    tyro.cli(
-        _lookup(functions, name, f"{command} command"), args=rest, prog=f"vitok {command} {name}"
-    )
-
-
-def _lookup(table: dict[str, Any], name: str, kind: str) -> Any:
-    if name in table:
-        return table[name]
-    near = difflib.get_close_matches(name, table, n=1)
-    hint = f"did you mean {near[0]!r}?" if near else f"there are: {', '.join(table)}"
-    raise UsageError(f"there is no {kind} {name!r}; {hint}")
-
-
-def _image_files(patterns: Sequence[str]) -> list[Path]:
-    if not patterns:
-        raise UsageError("there is nothing to reconstruct; give image files, folders or globs")
-    files: list[Path] = []
-    for pattern in patterns:
-        path = Path(pattern)
-        if path.is_dir():
-            found = sorted(
-                child
-                for child in path.iterdir()
-                if child.suffix.lower().removeprefix(".") in IMAGE_EXTENSIONS
-            )
-        elif path.is_file():
-            found = [path]
-        else:
-            found = [Path(name) for name in sorted(glob.glob(pattern)) if Path(name).is_file()]
-        if not found:
-            raise FileNotFoundError(f"{pattern} names no image; give image files, folders or globs")
-        files += found
-    return files
 
 
 def _print_json(document: Any) -> None:

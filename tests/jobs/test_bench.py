@@ -1,9 +1,12 @@
 import json
+import re
 from pathlib import Path
 
 import pytest
 import torch
 
+from jobs import bench_all
+from jobs.bench import BENCHMARKS
 from jobs.bench_inference import Case, growth
 from jobs.bench_ingest import utilisation
 from jobs.cli import main
@@ -194,3 +197,38 @@ def test_training_benchmark_measures_the_step_in_memory_and_through_ray(
     # As many images as fill a row of 64 tokens, at 16 tokens at most.
     assert figures["images_per_step"] >= 4
     assert 0.5 < figures["token_utilisation"] <= 1
+
+
+def test_all_benchmarks_are_run_judged_and_one_that_fails_stops_no_other(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert {aim.run for aim in bench_all.AIMS} <= set(bench_all.RUNS)
+    assert {command[0] for command in bench_all.RUNS.values()} == set(BENCHMARKS) - {"all"}
+
+    small = ("--row-tokens", "70", "--tokens-per-image", "16", "--repeats", "1", "--threads", "1")
+    runs = {"broken": ("attention", "--model", "none"), "small": ("attention", *small)}
+    figure = "per_image_explicit_forward_ms"
+    aims = (
+        bench_all.Aim("small", "a time", figure, "at least", 0.0),
+        bench_all.Aim("small", "the same", figure, "at most", 0.0),
+        bench_all.Aim("small", "of a part", f"{figure}.part", "at most", 1.0),
+        bench_all.Aim("broken", "of nothing", figure, "at most", 1.0),
+        bench_all.Aim("elsewhere", "not run", figure, "at most", 1.0),
+    )
+    monkeypatch.setattr(bench_all, "RUNS", runs)
+    monkeypatch.setattr(bench_all, "AIMS", aims)
+    assert main(["bench", "all"]) == 0
+    said = capsys.readouterr().out
+    found = json.loads(said.splitlines()[-1])
+    assert found["benchmark"] == "all"
+    assert "failed" in found["runs"]["broken"]
+    assert found["runs"]["small"]["benchmark"] == "attention"
+    assert [(row["meaning"], row["met"]) for row in found["aims"]] == [
+        ("a time", True),
+        ("the same", False),
+        ("of a part", None),
+        ("of nothing", None),
+    ]
+    assert re.search(r"the same .* at most 0 +missed", said)
+    assert main(["bench", "all", "small", "smal"]) == 1
+    assert "no benchmark 'smal'; there are: broken, small" in capsys.readouterr().err

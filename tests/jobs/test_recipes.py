@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from transformers import DINOv3ViTConfig, DINOv3ViTModel
 
-from jobs.cli import _recipe
+from jobs.command_lines import read_recipe
 from jobs.recipes import TRAINING
 from pipelines.ingest import StepRows, load_step
 from pipelines.loop import Recipe, train_step
@@ -426,7 +426,7 @@ def test_command_line_overrides_nested_fields_and_nothing_else() -> None:
     arguments += ["--loss.ssim", "0", "--run.no-use-gpu", "--run.tracking.experiment", "mine"]
     arguments += ["--start", "350M-f16x64", "--freeze", "encoder", "--seed", "5"]
     base = TRAINING["quickstart"]()
-    assert _recipe(TRAINING, arguments, "train") == replace(
+    assert read_recipe(TRAINING, arguments, "train") == replace(
         base,
         optim=replace(base.optim, lr=3e-4),
         stages=(
@@ -440,7 +440,7 @@ def test_command_line_overrides_nested_fields_and_nothing_else() -> None:
         freeze="encoder",
         seed=5,
     )
-    assert _recipe(TRAINING, ["quickstart"], "train") == base
+    assert read_recipe(TRAINING, ["quickstart"], "train") == base
 
 
 def test_stages_and_losses_are_checked_where_they_are_written() -> None:
