@@ -359,11 +359,11 @@ def encode(
     model: str = "Bd4-B/16x64",
     side: int = 256,
     shards: tuple[str, ...] = (),
-    unit_samples: int = 32,
+    copies: int = 2,
+    unit_samples: int = 128,
     row_tokens: int = 4096,
     threads: int = 2,
     cpus_per_reader: float = 0.5,
-    repeats: int = 1,
     json: bool = False,
 ) -> None:
     """Encoding into a latent cache through Ray, against the bare encoder and a plain loop.
@@ -373,25 +373,25 @@ def encode(
         side: pixels of the squares that are encoded.
         shards: WebDataset shards: files, folders, globs or URIs; if empty those that the
             environment variable VITOK_SAMPLE names, else the quickstart's corpus.
+        copies: every image is there so often, under other keys.
         unit_samples: images of a unit.
         row_tokens: tokens of a packed row.
         threads: CPU threads of the encoder.
         cpus_per_reader: logical cores of each task that decodes; there are as many of them as the
             machine has cores.
-        repeats: timed passes of all three; the medians count.
         json: print the JSON alone.
     """
     from jobs.bench_encode import measure_encoding
 
     figures = measure_encoding(
         shards=shards,
+        copies=copies,
         model=model,
         side=side,
         unit_samples=unit_samples,
         row_tokens=row_tokens,
         threads=threads,
         cpus_per_reader=cpus_per_reader,
-        repeats=repeats,
     )
     rounded = {name: round(figure, 3) for name, figure in figures.items()}
     if not json:

@@ -13,7 +13,7 @@ RUNS: dict[str, tuple[str, ...]] = {
     "attention": ("attention",),
     "ingest": ("ingest",),
     "encode": ("encode",),
-    "encode-linear": ("encode", "--model", "linear-B/16x64"),
+    "encode-linear": ("encode", "--model", "linear-B/16x64", "--copies", "16"),
     "train": ("train",),
     "flow": ("flow",),
     "inference": ("inference",),

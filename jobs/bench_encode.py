@@ -2,12 +2,12 @@
 
 import io
 import os
-import statistics
 import tempfile
 import time
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from statistics import fmean
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,9 +16,10 @@ from PIL import Image
 from cluster.local import ray_session
 from jobs.bench_ingest import indexed_shards
 from pipelines.cache_latents import LatentCaching, cache_latents, complete, identity_of
-from pipelines.corpus import Manifest, read_samples
+from pipelines.corpus import Manifest, build_manifest, read_samples
 from pipelines.encode_units import Encoder, Unit, prepare_unit, samples_of, units_of
 from pipelines.latent_units import DTYPES, UNITS, CacheIdentity
+from pipelines.shards import write_shards
 from pipelines.train_autoencoder import load_autoencoder
 from vitok.autoencoder import Autoencoder
 from vitok.initialize import start_at_random
@@ -27,37 +28,40 @@ from vitok.pretrained import save_pretrained
 from vitok.variants import AutoencoderConfig
 
 _BATCH = 32  # images of a batch of the plain loop
+_MEASURED_S = 4.0  # at least, of the ways that are no job
+_SAMPLES_PER_READ = 256
 
 
 def measure_encoding(
     *,
     shards: Sequence[str],
+    copies: int,
     model: str,
     side: int,
     unit_samples: int,
     row_tokens: int,
     threads: int,
     cpus_per_reader: float,
-    repeats: int,
 ) -> dict[str, float]:
-    """Encode the same squares in three ways, which take turns.
+    """Encode the same squares in three ways: the two others before and after the job.
 
     The job is timed from the first unit that it commits to the last, as its start, once for many
     hours, would weigh on a run of seconds; `whole_job_images_per_s` counts it.
 
     Args:
+        copies: every image is there so often, under other keys: a job of seconds tells nothing.
         model: architecture, with random weights.
         threads: of the encoder, in each of the three ways.
         cpus_per_reader: of the job, which may have more logical cores than the machine has.
 
     Returns:
-        images/s: medians of the repeats, by name.
+        images/s by name.
     """
     with (
         tempfile.TemporaryDirectory(prefix="vitok-bench-") as scratch,
-        indexed_shards(shards) as source,
-        ray_session(num_cpus=threads + (os.cpu_count() or 1)),
+        indexed_shards(shards) as photographs,
     ):
+        source = _repeated(photographs, copies, Path(scratch) / "shards")
         weights = Path(scratch) / "weights"
         config = AutoencoderConfig.from_name(model)
         autoencoder = Autoencoder(config)
@@ -79,25 +83,52 @@ def measure_encoding(
         )
         identity = identity_of(settings)
         units = units_of(source, unit_samples)
-        rates: dict[str, list[float]] = {}
-        for number in range(repeats):
-            out = str(Path(scratch) / f"cache-{number}")
-            whole, steady = _job(replace(settings, out=out), units)
-            found = {
-                "bare_encoder": _bare_encoder(settings, source, units, identity),
-                "plain_loop": _plain_loop(settings, source, units, identity),
-                "end_to_end": steady,
-                "whole_job": whole,
-            }
-            for name, rate in found.items():
-                rates.setdefault(name, []).append(rate)
-    figures = {f"{name}_images_per_s": statistics.median(found) for name, found in rates.items()}
-    end_to_end = figures["end_to_end_images_per_s"]
-    return figures | {
-        "images": float(sum(unit.stop - unit.start for unit in units)),
-        "over_bare_encoder": end_to_end / figures["bare_encoder_images_per_s"],
-        "over_plain_loop": end_to_end / figures["plain_loop_images_per_s"],
+
+        def others() -> tuple[float, float]:
+            return (
+                _bare_encoder(settings, source, units, identity),
+                _plain_loop(settings, source, units, identity),
+            )
+
+        before = others()
+        with ray_session(num_cpus=threads + (os.cpu_count() or 1)):
+            whole, steady = _job(settings, units)
+        bare, plain = (fmean(pair) for pair in zip(before, others(), strict=True))
+    return {
+        "bare_encoder_images_per_s": bare,
+        "plain_loop_images_per_s": plain,
+        "end_to_end_images_per_s": steady,
+        "whole_job_images_per_s": whole,
+        "images": float(source.num_samples),
+        "over_bare_encoder": steady / bare,
+        "over_plain_loop": steady / plain,
     }
+
+
+def _repeated(source: Manifest, copies: int, folder: Path) -> Manifest:
+    """Return a corpus that holds every image of another so often."""
+    if copies == 1:
+        return source
+
+    def samples() -> Iterator[dict[str, Any]]:
+        for copy in range(copies):
+            for first in range(0, source.num_samples, _SAMPLES_PER_READ):
+                last = min(first + _SAMPLES_PER_READ, source.num_samples)
+                records = source.records(np.arange(first, last))
+                for key, data in zip(records.key, read_samples(source, records), strict=True):
+                    yield {"__key__": f"{copy}/{key}", "jpg": data}
+
+    write_shards(samples(), folder, "copy", max(1, source.num_samples))
+    return build_manifest([str(folder)], folder / "manifest")
+
+
+def _images_per_s(encode_all: Callable[[], object], num_images: int) -> float:
+    """Return the rate of passes over some images, for some seconds."""
+    passes, start = 0, time.perf_counter()
+    while (taken := time.perf_counter() - start) < _MEASURED_S:
+        encode_all()
+        passes += 1
+    return passes * num_images / taken
 
 
 def _bare_encoder(
@@ -113,9 +144,7 @@ def _bare_encoder(
     chosen = list(units[:4])
     rows = [row for unit in chosen for row in prepare_unit(source, unit, identity).rows]
     encode(rows[:1])
-    start = time.perf_counter()
-    encode(rows)
-    return sum(unit.stop - unit.start for unit in chosen) / (time.perf_counter() - start)
+    return _images_per_s(lambda: encode(rows), sum(unit.stop - unit.start for unit in chosen))
 
 
 def _plain_loop(
@@ -142,12 +171,13 @@ def _plain_loop(
             packed = pack_images(pixels, patch_size=identity.patch_size).to(identity.device)
             return model.encode_packed(packed).tokens[: len(batch) * packed.max_seqlen].cpu()
 
+    def encode_all() -> None:
+        latents = [encode(images[i : i + _BATCH]) for i in range(0, len(images), _BATCH)]
+        with tempfile.TemporaryFile() as stream:
+            np.save(stream, torch.cat(latents).float().numpy())
+
     encode(images[:_BATCH])
-    start = time.perf_counter()
-    latents = [encode(images[i : i + _BATCH]) for i in range(0, len(images), _BATCH)]
-    with tempfile.TemporaryFile() as stream:
-        np.save(stream, torch.cat(latents).float().numpy())
-    return len(images) / (time.perf_counter() - start)
+    return _images_per_s(encode_all, len(images))
 
 
 def _centre_crop(data: bytes, side: int) -> torch.Tensor:

@@ -59,6 +59,7 @@ _MAX_INPUT_BLOCKS = 1000
 _CPU_GRAIN = 1e-4
 # Cores of a task that writes: most of its time it waits.
 _CPUS_PER_WRITER = 0.25
+_MIN_WRITERS = 2
 _MAX_LISTED = 20
 
 
@@ -305,7 +306,14 @@ def _encoded(
         num_cpus=settings.cpus_per_worker,
         num_gpus=1 if settings.use_gpu else 0,
     )
-    dataset = dataset.map_batches(steps.commit, batch_size=None, num_cpus=_CPUS_PER_WRITER)
+    # Ray Data divides what is free among the steps whose number of tasks has no limit: with one
+    # here all of it is for the readers.
+    dataset = dataset.map_batches(
+        steps.commit,
+        batch_size=None,
+        num_cpus=_CPUS_PER_WRITER,
+        concurrency=max(_MIN_WRITERS, settings.num_workers),
+    )
     # One record, a unit, makes a block: units of different shapes are never joined.
     dataset.context.target_max_block_size = 1
     return dataset
