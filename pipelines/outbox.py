@@ -13,6 +13,8 @@ from pipelines.server_run import ServerRun, brief, is_refusal
 from pipelines.spool import ARTIFACTS, LANES, RECORDS, Entry, Spool, adopt
 
 _POINTS_PER_SEND = 1000
+# Before each of the last tries: how a run ended is said once, and by nobody afterwards.
+_LAST_PAUSES_S = (0.0, 1.0, 3.0)
 
 logger = logging.getLogger(__name__)
 
@@ -98,7 +100,7 @@ class Outbox:
             self._change.wait_for(lambda: not self._is_due(), timeout_s)
 
     def close(self, timeout_s: float = 60.0) -> None:
-        """Try once more to send what waits, also of killed writers, and stop the thread.
+        """Try to send what waits, also of killed writers, and stop the thread.
 
         What could not be sent stays in the spool, for the next tracker of the run there.
         """
@@ -107,7 +109,6 @@ class Outbox:
             self._adopt()
             sender = self._sender
             self._closing = True
-            self._retry_at = dict.fromkeys(self._retry_at, 0.0)
             self._change.notify_all()
         if sender is not None:
             sender.join(timeout_s)
@@ -180,10 +181,21 @@ class Outbox:
                     seconds = self._next_try() - time.monotonic()
                     self._change.wait(None if math.isinf(seconds) else max(0.0, seconds))
                 closing = self._closing
+            if closing:
+                self._send_last()
+                return
             self._send_all()
             with self._change:
                 self._change.notify_all()
-            if closing:
+
+    def _send_last(self) -> None:
+        """Send all that waits; a server that is only slow for a moment is asked again."""
+        for pause_s in _LAST_PAUSES_S:
+            time.sleep(pause_s)
+            with self._change:
+                self._retry_at = dict.fromkeys(LANES, 0.0)
+            self._send_all()
+            if not any(spool.is_waiting(lane) for spool in self._spools() for lane in LANES):
                 return
 
     def _send_all(self) -> None:
