@@ -165,9 +165,7 @@ def run_metrics(state: StackState) -> str:
     return ""
 
 
-# Starts all servers and two jobs: five minutes. Its last run went as far as the status of the run
-# in MLflow, which was still RUNNING after the second job.
-@pytest.mark.skipif("VITOK_STACK_TEST" not in os.environ, reason="set VITOK_STACK_TEST=1 to run it")
+# Starts all servers and two jobs: three minutes.
 def test_a_submitted_training_is_killed_and_resubmitted_and_everything_can_be_read_back(
     stack: tuple[Machine, StackState], postgres: str, sample_manifests: tuple[Path, Path]
 ) -> None:
