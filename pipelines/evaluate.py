@@ -139,6 +139,11 @@ def evaluate(
     return result
 
 
+def statistics_name(network: str, resolution: str) -> str:
+    """Return what the file of the sources' statistics is called."""
+    return f"{network}-{resolution.replace(' ', '_')}.npz"
+
+
 @dataclass(frozen=True, kw_only=True, eq=False)
 class _Run:
     """What all subjects of an evaluation share."""
@@ -242,7 +247,16 @@ def _measure_references(run: _Run, result: EvaluationResult, done: Callable[[int
         if location and not named[network]:
             raise ValueError(f"{network}_reference needs the network; set networks.{network}")
         for transform in settings.transforms() if location else ():
-            result.references[transform.name, network] = Gaussian.load(location)
+            file = Path(location)
+            if file.is_dir():
+                file /= statistics_name(network, transform.name)
+            elif len(settings.transforms()) > 1:
+                raise ValueError(
+                    f"{network}_reference={location} is of one resolution, and there are "
+                    f"{len(settings.transforms())}; give the folder `statistics` of an evaluation "
+                    "that has them all, or one resolution"
+                )
+            result.references[transform.name, network] = Gaussian.load(file)
     if not _needs_sources(settings):
         return
     needed = replace(

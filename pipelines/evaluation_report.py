@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 import torch
 from PIL import Image
 
-from pipelines.evaluate import EvaluationResult, Scores
+from pipelines.evaluate import EvaluationResult, Scores, statistics_name
 from pipelines.evaluation_config import EvaluationConfig
 from pipelines.evaluation_worker import OK
 from pipelines.published import PUBLISHED, PublishedFigures
@@ -50,7 +50,7 @@ def write_results(settings: EvaluationConfig, result: EvaluationResult, out: Pat
     (out / REPORT).write_text(markdown(settings, result))
     (out / "statistics").mkdir(exist_ok=True)
     for (resolution, network), gaussian in result.references.items():
-        gaussian.save(out / "statistics" / f"{network}-{_file_name(resolution)}.npz")
+        gaussian.save(out / "statistics" / statistics_name(network, resolution))
     _draw_pictures(result, out)
     draw_plots(result.scores, out / "plots")
 
@@ -106,10 +106,29 @@ def markdown(settings: EvaluationConfig, result: EvaluationResult) -> str:
     }
     lines += sorted(warnings)
     lines += [f"- {name} could not be evaluated: {why}" for name, why in result.failed.items()]
+    lines += _losses(result)
     note = f"{len(result.keys):,} images, list {result.samples_digest[:12]} of seed {settings.seed}"
     if settings.benchmark:
         note += "; what is marked as published was measured by others (arXiv 2605.05331)"
     return "\n".join([*lines, "", f"{note}.", ""])
+
+
+def _losses(result: EvaluationResult) -> list[str]:
+    """Say which images are not in the means, and why the first of them are not."""
+    lines = []
+    for (subject, resolution), images in result.images.items():
+        if lost := [image for image in images if image.status != OK]:
+            lines.append(
+                f"- {subject}, {resolution}: {len(lost):,} of {len(images):,} images failed; the "
+                f"first, {lost[0].key}: {lost[0].status}"
+            )
+    if result.left_out:
+        name, reason = result.left_out[0]
+        lines.append(
+            f"- {len(result.left_out):,} images that cannot be used are left out; the first, "
+            f"{name}: {reason}"
+        )
+    return lines
 
 
 def draw_plots(scores: Sequence[Scores], folder: Path) -> None:
