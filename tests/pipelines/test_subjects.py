@@ -216,7 +216,9 @@ def test_codecs_take_the_best_quality_that_fits(codec: Any, photograph: Tensor) 
         torch.testing.assert_close(
             reconstruct_with_codec(codec, bits_per_pixel)(photograph), expected
         )
-    assert len(compress(picture, codec, 1)) == size_at(1), "there is nothing smaller"
+    assert len(compress(picture, codec, size_at(1))) == size_at(1)
+    with pytest.raises(ValueError, match=f"at least {size_at(1)} bytes for 200 x 160 pixels, and"):
+        compress(picture, codec, size_at(1) - 1)
 
 
 def test_a_spec_names_itself_by_what_is_special() -> None:
