@@ -21,7 +21,13 @@ from tqdm import tqdm
 
 from pipelines.corpus import Manifest
 from pipelines.evaluation_config import EvaluationConfig
-from pipelines.evaluation_data import choose_samples, digest_of, left_out, open_images
+from pipelines.evaluation_data import (
+    choose_samples,
+    digest_of,
+    left_out,
+    open_images,
+    read_keys,
+)
 from pipelines.evaluation_pool import InProcess, Slice, WorkerPool, cut
 from pipelines.evaluation_worker import OK, EvaluatedImage, Evaluator, ExtractorConfig
 from pipelines.failures import root_cause
@@ -157,13 +163,8 @@ class _Run:
     @classmethod
     def of(cls, settings: EvaluationConfig) -> "_Run":
         manifest = open_images(settings.data, local_folder(settings.out) / "data")
-        wanted = Path(settings.samples).read_text().split("\n") if settings.samples else None
-        sample_ids, keys = choose_samples(
-            manifest,
-            settings.max_images,
-            settings.seed,
-            [key for key in wanted if key] if wanted else None,
-        )
+        wanted = read_keys(settings.samples) if settings.samples else None
+        sample_ids, keys = choose_samples(manifest, settings.max_images, settings.seed, wanted)
         slice_images = 1 if settings.repeats else settings.slice_images
         return cls(
             settings=settings,
