@@ -122,6 +122,10 @@ def test_published_figures_stand_beside_and_are_marked(
     assert rows["tiny", "square 32"]["PSNR"] == f"{result.scores[0].psnr:.2f}"
     published = rows["ViTok-v2 5B f16x32 (published)", "imagenet-256p"]
     assert (published["PSNR"], published["SSIM"], published["images"]) == ("31.20", "0.8670", "")
+    assert (published["r"], published["bits/pixel"]) == ("24.0", "")
+    (shown,) = (line for line in lines if line.startswith("- pictures/jpeg-square_32.png, worst f"))
+    worst = min(result.images["jpeg", "square 32"], key=lambda image: image.psnr)
+    assert shown.partition(": ")[2].startswith(f"{worst.key} ({worst.psnr:.2f} dB), ")
     ours = [name for name, _ in rows if "(published)" not in name]
     assert sorted(set(ours)) == ["jpeg", "tiny"]
     assert "measured by others (arXiv 2605.05331)" in table
