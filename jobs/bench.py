@@ -401,7 +401,7 @@ def encode(
 
 
 def evaluate(
-    model: str = "Ld4-L/16x64",
+    model: str = "Bd4-B/16x64",
     side: int = 256,
     dino: str = "",
     shards: tuple[str, ...] = (),
