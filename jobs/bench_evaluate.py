@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from jobs.bench_ingest import indexed_shards
+from pipelines.baselines import hush_torchao
 from pipelines.corpus import Manifest
 from pipelines.evaluation_pool import InProcess, Slice, cut
 from pipelines.evaluation_worker import Evaluator, ExtractorConfig, load_extractors
@@ -169,8 +170,11 @@ def _random_weights(model: str, folder: Path) -> str:
 
 
 def _random_dino(folder: Path) -> str:
+    hush_torchao()
     from transformers import DINOv3ViTConfig, DINOv3ViTModel
+    from transformers.utils import logging
 
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     config = DINOv3ViTConfig(
         hidden_size=384,
         num_hidden_layers=12,
