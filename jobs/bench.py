@@ -400,6 +400,50 @@ def encode(
     _finish("encode", {"model": model, "side": side, **rounded}, threads)
 
 
+def evaluate(
+    model: str = "Bd4-B/16x64",
+    side: int = 256,
+    dino: str = "",
+    shards: tuple[str, ...] = (),
+    num_images: int = 128,
+    row_tokens: int = 8192,
+    features: int = 2048,
+    threads: int = 2,
+    repeats: int = 3,
+    json: bool = False,
+) -> None:
+    """A worker of an evaluation (PSNR, SSIM, Fréchet features), its parts, and a Fréchet distance.
+
+    Args:
+        model: architecture, with random weights.
+        side: pixels of the squares that are evaluated.
+        dino: DINOv3 that describes the reconstructions; random weights of the size S/16 if empty.
+        shards: WebDataset shards: files, folders, globs or URIs; if empty those that the
+            environment variable VITOK_SAMPLE names, else the quickstart's corpus.
+        num_images: the first ones of them.
+        row_tokens: patches of 16 pixels of one pass.
+        features: numbers of an image in the distance that is timed; Inception-v3 has 2,048.
+        threads: CPU threads; one more reads ahead.
+        repeats: timed passes of everything; the medians count.
+        json: print the JSON alone.
+    """
+    from jobs.bench_evaluate import measure_evaluation
+
+    figures = measure_evaluation(
+        shards=shards,
+        model=model,
+        dino=dino,
+        side=side,
+        num_images=num_images,
+        row_tokens=row_tokens,
+        num_features=features,
+        threads=threads,
+        repeats=repeats,
+    )
+    rounded = _rounded(dict(figures), quiet=json)
+    _finish("evaluate", {"model": model, "side": side, **rounded}, threads)
+
+
 def every(labels: tyro.conf.Positional[tuple[str, ...]] = (), /, *, json: bool = False) -> None:
     """Every benchmark with its defaults, one after the other, beside what the project aims at.
 
@@ -424,6 +468,7 @@ BENCHMARKS: dict[str, Callable[..., None]] = {
     "inference": inference,
     "ingest": ingest,
     "encode": encode,
+    "evaluate": evaluate,
     "train": train,
     "flow": flow,
     "quality": quality,

@@ -36,8 +36,8 @@ def quickstart() -> EvaluationConfig:
 def imagenet_256p() -> EvaluationConfig:
     """The 50,000 validation images of ImageNet-1k at 256 x 256: Table 2 of the paper.
 
-    Centre crops. Our released 5B models, the autoencoders that people compare with, JPEG and WebP
-    at the bits of the first. Set data; see docs/evaluation.md for the weights.
+    ADM's centre crops. Our released 5B models, the autoencoders that people compare with, JPEG and
+    WebP at the bits of the first. Set data; see docs/evaluation.md for the weights.
 
     Hardware: 8 GPUs of 80 GB. Expected: arXiv 2605.05331 prints rFID .74, rFDD 2.49, PSNR 34.2 and
     SSIM .924 for 5B-f16x64. With this code: not measured by us.

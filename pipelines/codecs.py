@@ -19,10 +19,16 @@ _WORST, _BEST = 1, 100  # qualities
 def compress(image: Image.Image, codec: Codec, max_bytes: float) -> bytes:
     """Encode an image at the best quality whose file has at most so many bytes.
 
-    Where even the worst quality has more, that is what comes.
+    Raises:
+        ValueError: even the worst quality has more.
     """
     encode = _encoder(image, codec)
     low, high, found = _WORST, _BEST, encode(_WORST)
+    if len(found) > max_bytes:
+        raise ValueError(
+            f"{codec} takes at least {len(found)} bytes for {image.width} x {image.height} pixels, "
+            f"and bits_per_pixel allows {max_bytes:.0f}; give it more"
+        )
     while low < high:
         quality = (low + high + 1) // 2
         data = encode(quality)

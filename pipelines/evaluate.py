@@ -21,7 +21,13 @@ from tqdm import tqdm
 
 from pipelines.corpus import Manifest
 from pipelines.evaluation_config import EvaluationConfig
-from pipelines.evaluation_data import choose_samples, digest_of, left_out, open_images
+from pipelines.evaluation_data import (
+    choose_samples,
+    digest_of,
+    left_out,
+    open_images,
+    read_keys,
+)
 from pipelines.evaluation_pool import InProcess, Slice, WorkerPool, cut
 from pipelines.evaluation_worker import OK, EvaluatedImage, Evaluator, ExtractorConfig
 from pipelines.failures import root_cause
@@ -139,6 +145,11 @@ def evaluate(
     return result
 
 
+def statistics_name(network: str, resolution: str) -> str:
+    """Return what the file of the sources' statistics is called."""
+    return f"{network}-{resolution.replace(' ', '_')}.npz"
+
+
 @dataclass(frozen=True, kw_only=True, eq=False)
 class _Run:
     """What all subjects of an evaluation share."""
@@ -152,13 +163,8 @@ class _Run:
     @classmethod
     def of(cls, settings: EvaluationConfig) -> "_Run":
         manifest = open_images(settings.data, local_folder(settings.out) / "data")
-        wanted = Path(settings.samples).read_text().split("\n") if settings.samples else None
-        sample_ids, keys = choose_samples(
-            manifest,
-            settings.max_images,
-            settings.seed,
-            [key for key in wanted if key] if wanted else None,
-        )
+        wanted = read_keys(settings.samples) if settings.samples else None
+        sample_ids, keys = choose_samples(manifest, settings.max_images, settings.seed, wanted)
         slice_images = 1 if settings.repeats else settings.slice_images
         return cls(
             settings=settings,
@@ -242,7 +248,16 @@ def _measure_references(run: _Run, result: EvaluationResult, done: Callable[[int
         if location and not named[network]:
             raise ValueError(f"{network}_reference needs the network; set networks.{network}")
         for transform in settings.transforms() if location else ():
-            result.references[transform.name, network] = Gaussian.load(location)
+            file = Path(location)
+            if file.is_dir():
+                file /= statistics_name(network, transform.name)
+            elif len(settings.transforms()) > 1:
+                raise ValueError(
+                    f"{network}_reference={location} is of one resolution, and there are "
+                    f"{len(settings.transforms())}; give the folder `statistics` of an evaluation "
+                    "that has them all, or one resolution"
+                )
+            result.references[transform.name, network] = Gaussian.load(file)
     if not _needs_sources(settings):
         return
     needed = replace(

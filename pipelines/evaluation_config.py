@@ -17,7 +17,7 @@ class EvaluationConfig:
             diffusers:FOLDER), jpeg, webp. Options: name, window, dtype, compile, bits_per_pixel.
         data: the images: a folder of image files, Parquet, shards, or the folder of a manifest.
         out: folder for the results.
-        square: sides in pixels of centre crops; each is a resolution.
+        square: sides in pixels of ADM's centre crops; each is a resolution.
         longest_side: sides in pixels to which larger images are shrunk, aspect kept.
         token_budget: patches to which larger images are shrunk, aspect kept.
         patch_size: pixels along each side of the patches that a token budget counts, for all
@@ -32,7 +32,7 @@ class EvaluationConfig:
         timeout_s: for each image, all its repeats included. Without num_workers there is no limit.
         networks: what judges beside PSNR and SSIM.
         inception_reference: .npz statistics that rFID compares with, instead of those of the
-            sources at the same resolution.
+            sources at the same resolution; or the folder `statistics` of an earlier evaluation.
         dino_reference: the same for rFDD.
         benchmark: published figures that are shown beside the results: imagenet-256p or div8k.
         num_workers: processes; 0 evaluates in the calling one, without Ray.
@@ -93,7 +93,7 @@ class EvaluationConfig:
     def transforms(self) -> list[Transform]:
         """Return the resolutions."""
         return [
-            *(Transform(square=side) for side in self.square),
+            *(Transform(square=side, adm=True) for side in self.square),
             *(Transform(longest_side=side) for side in self.longest_side),
             *(Transform(token_budget=budget) for budget in self.token_budget),
         ]

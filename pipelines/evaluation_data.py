@@ -82,6 +82,25 @@ def choose_samples(
     return np.array([number_of[key] for key in chosen], np.int64), chosen
 
 
+def read_keys(path: str) -> list[str]:
+    """Read a list of samples, one key a line.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it lists nothing.
+    """
+    file = Path(path).expanduser()
+    if not file.is_file():
+        raise FileNotFoundError(
+            f"no list of samples at {path}; give samples a file with one key a line, such as "
+            "samples.txt of an evaluation"
+        )
+    keys = file.read_text().split("\n")
+    if not any(keys):
+        raise ValueError(f"{path} lists no samples; leave samples empty to take all")
+    return [key for key in keys if key]
+
+
 def left_out(manifest: Manifest) -> list[tuple[str, str]]:
     """Return (name, reason) of the images that are there and cannot be used."""
     found = [(key or uri, reason) for uri, key, reason in manifest.skipped()]

@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 import torch
 from PIL import Image
 
-from pipelines.evaluate import EvaluationResult, Scores
+from pipelines.evaluate import EvaluationResult, Scores, statistics_name
 from pipelines.evaluation_config import EvaluationConfig
 from pipelines.evaluation_worker import OK
 from pipelines.published import PUBLISHED, PublishedFigures
@@ -50,7 +50,7 @@ def write_results(settings: EvaluationConfig, result: EvaluationResult, out: Pat
     (out / REPORT).write_text(markdown(settings, result))
     (out / "statistics").mkdir(exist_ok=True)
     for (resolution, network), gaussian in result.references.items():
-        gaussian.save(out / "statistics" / f"{network}-{_file_name(resolution)}.npz")
+        gaussian.save(out / "statistics" / statistics_name(network, resolution))
     _draw_pictures(result, out)
     draw_plots(result.scores, out / "plots")
 
@@ -106,10 +106,41 @@ def markdown(settings: EvaluationConfig, result: EvaluationResult) -> str:
     }
     lines += sorted(warnings)
     lines += [f"- {name} could not be evaluated: {why}" for name, why in result.failed.items()]
+    lines += _losses(result) + _captions(result)
     note = f"{len(result.keys):,} images, list {result.samples_digest[:12]} of seed {settings.seed}"
     if settings.benchmark:
         note += "; what is marked as published was measured by others (arXiv 2605.05331)"
     return "\n".join([*lines, "", f"{note}.", ""])
+
+
+def _losses(result: EvaluationResult) -> list[str]:
+    """Say which images are not in the means, and why the first of them are not."""
+    lines = []
+    for (subject, resolution), images in result.images.items():
+        if lost := [image for image in images if image.status != OK]:
+            lines.append(
+                f"- {subject}, {resolution}: {len(lost):,} of {len(images):,} images failed; the "
+                f"first, {lost[0].key}: {lost[0].status}"
+            )
+    if result.left_out:
+        name, reason = result.left_out[0]
+        lines.append(
+            f"- {len(result.left_out):,} images that cannot be used are left out; the first, "
+            f"{name}: {reason}"
+        )
+    return lines
+
+
+def _captions(result: EvaluationResult) -> list[str]:
+    """Say which images the pictures show."""
+    lines = []
+    for place, strips in result.pictures.items():
+        if not strips:
+            continue
+        psnr = {image.key: image.psnr for image in result.images[place]}
+        shown = ", ".join(f"{key} ({_number(psnr[key], 2)} dB)" for key in strips)
+        lines.append(f"- pictures/{_picture_name(*place)}, worst first: {shown}")
+    return lines
 
 
 def draw_plots(scores: Sequence[Scores], folder: Path) -> None:
@@ -136,6 +167,7 @@ def draw_plots(scores: Sequence[Scores], folder: Path) -> None:
         axes.set(xscale="log", xlabel=x_label, ylabel=y_label)
         for score, horizontal, vertical in points:
             axes.plot(horizontal, vertical, "o", label=f"{score.subject}, {score.resolution}")
+        _tick_at(axes.xaxis, {horizontal for _, horizontal, _ in points})
         axes.legend(fontsize="small")
         figure.savefig(folder / f"{name}.png", dpi=120)
     _draw_latency(scores, folder)
@@ -156,8 +188,17 @@ def _draw_latency(scores: Sequence[Scores], folder: Path) -> None:
     axes.set(xscale="log", yscale="log", xlabel="resolution", ylabel="seconds an image")
     for subject, points in lines.items():
         axes.plot(*zip(*sorted(points), strict=True), "o-", label=subject)
+    _tick_at(axes.xaxis, {size for points in lines.values() for size, _ in points})
     axes.legend(fontsize="small")
     figure.savefig(folder / "latency.png", dpi=120)
+
+
+def _tick_at(axis: Any, values: Iterable[float]) -> None:
+    """Label a logarithmic axis with the values that there are, not with powers of ten."""
+    from matplotlib.ticker import NullLocator
+
+    axis.set_minor_locator(NullLocator())
+    axis.set_ticks(sorted(values), labels=[f"{value:g}" for value in sorted(values)])
 
 
 def _document(settings: EvaluationConfig, result: EvaluationResult) -> dict[str, Any]:
@@ -218,8 +259,8 @@ def _draw_pictures(result: EvaluationResult, out: Path) -> None:
         Image.fromarray(sheet_of(list(first.values()))).save(out / PICTURE)
     for (subject, resolution), strips in result.pictures.items():
         if strips:
-            name = f"{_file_name(subject)}-{_file_name(resolution)}.png"
-            Image.fromarray(sheet_of(list(strips.values()))).save(out / "pictures" / name)
+            sheet = Image.fromarray(sheet_of(list(strips.values())))
+            sheet.save(out / "pictures" / _picture_name(subject, resolution))
 
 
 def _step_of(location: Folder, run: Folder) -> int:
@@ -235,7 +276,7 @@ def _count(score: Scores) -> str:
 
 
 def _published(figures: PublishedFigures, name: str) -> float | None:
-    return getattr(figures, name) if name in PublishedFigures.__dataclass_fields__ else None
+    return getattr(figures, name, None)
 
 
 def _number(value: float | None, digits: int) -> str:
@@ -244,6 +285,10 @@ def _number(value: float | None, digits: int) -> str:
 
 def _row(cells: Sequence[str]) -> str:
     return f"| {' | '.join(cells)} |"
+
+
+def _picture_name(subject: str, resolution: str) -> str:
+    return f"{_file_name(subject)}-{_file_name(resolution)}.png"
 
 
 def _file_name(text: str) -> str:

@@ -2,7 +2,7 @@
 
 import statistics
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 
 import numpy as np
@@ -13,13 +13,15 @@ from torch import Tensor
 
 from pipelines.baselines import hush_torchao
 from pipelines.corpus import Manifest
-from pipelines.failures import root_cause
+from pipelines.failures import is_out_of_memory, root_cause
+from pipelines.ingest import PackedRow
 from pipelines.mixture import Corpus
 from pipelines.peak_memory import memory_in_use, start_peak
+from pipelines.read_ahead import RowReader
 from pipelines.reconstruction import comparison, judge
 from pipelines.subjects import Subject, SubjectFacts, SubjectSpec, load_subject
 from pipelines.train_autoencoder import absolute_if_local
-from pipelines.whole_images import Transform, iterate_rows
+from pipelines.whole_images import Transform
 from vitok.config import config
 from vitok.features import DinoFeatures, FeatureExtractor, InceptionFeatures
 from vitok.packed import unpack_images
@@ -98,6 +100,18 @@ class SliceResult:
     features: dict[str, NDArray[np.float32]] = field(default_factory=dict)
 
 
+@dataclass(frozen=True, eq=False)
+class _Attempt:
+    """An image that a subject was given, and what it made of it; or why it made nothing."""
+
+    key: str
+    source: Tensor
+    output: Tensor | None = None
+    seconds: float = 0.0
+    peak_mb: float = 0.0
+    failure: str = ""
+
+
 class Evaluator:
     """Holds a subject and the networks that judge it; the same in this process or as a Ray actor.
 
@@ -133,7 +147,8 @@ class Evaluator:
         Returns:
             what is known of the subject, and the digest of each network by its name.
         """
-        self._corpus = Corpus.of(Manifest.load(self._manifest))
+        corpus = Corpus.of(Manifest.load(self._manifest))
+        self._reader = RowReader(corpus, patch_size=self._patch_size, row_tokens=self._row_tokens)
         self._subject: Subject = load_subject(self._spec, self._device)
         self._networks = load_extractors(self._extractors, self._device)
         self._lpips = None
@@ -145,15 +160,33 @@ class Evaluator:
         device = torch.cuda.get_device_name(self._device) if is_gpu else "CPU"
         return replace(self._subject.facts, device=device), digests
 
-    def evaluate(self, sample_ids: NDArray[np.int64], transform: Transform) -> SliceResult:
-        """Reconstruct some samples and judge them; what fails is a result that says why."""
+    def evaluate(
+        self,
+        sample_ids: NDArray[np.int64],
+        transform: Transform,
+        following: NDArray[np.int64] | None = None,
+    ) -> SliceResult:
+        """Reconstruct some samples and judge them; what fails is a result that says why.
+
+        Args:
+            following: samples that will be asked for next: the first of them are read while the
+                last of these are judged.
+        """
         images: list[EvaluatedImage] = []
         features: dict[str, list[NDArray[np.float32]]] = {name: [] for name in self._networks}
-        for keys, sources, skipped in self._rows(sample_ids, transform):
+        for row in self._reader.rows(sample_ids, transform, following):
+            skipped = [(key, reason) for _, key, reason in row.skipped]
             images += [EvaluatedImage(key, status=f"unreadable: {why}") for key, why in skipped]
-            attempts = self._attempt(keys, sources)
-            images += [image for image, _ in attempts]
-            outputs = [output for _, output in attempts if output is not None]
+            attempts = self._reconstruct(row.keys, self._sources(row))
+            # Only now: the time and memory of a pass are those of the subject alone.
+            self._reader.read_ahead()
+            judged = [self._judge(attempt) for attempt in attempts]
+            images += judged
+            outputs = [
+                attempt.output
+                for attempt, image in zip(attempts, judged, strict=True)
+                if attempt.output is not None and image.status == OK
+            ]
             for name, network in self._networks.items():
                 if outputs:
                     features[name].append(network(outputs).numpy())
@@ -165,52 +198,40 @@ class Evaluator:
     ) -> dict[str, NDArray[np.uint8]]:
         """Draw original, reconstruction and error map of samples, by key."""
         strips: dict[str, NDArray[np.uint8]] = {}
-        for keys, sources, _ in self._rows(sample_ids, transform):
+        for row in self._reader.rows(sample_ids, transform):
+            sources = self._sources(row)
             outputs = self._subject.reconstruct(sources)
-            for key, source, output in zip(keys, sources, outputs, strict=True):
+            for key, source, output in zip(row.keys, sources, outputs, strict=True):
                 strip = Image.fromarray(comparison(source.cpu(), output.cpu()))
                 scale = min(1.0, _PICTURE_SIDE / max(source.shape))
                 size = (max(1, round(side * scale)) for side in strip.size)
                 strips[key] = np.asarray(strip.resize(tuple(size)) if scale < 1 else strip)
         return strips
 
-    def _rows(
-        self, sample_ids: NDArray[np.int64], transform: Transform
-    ) -> Iterator[tuple[list[str], list[Tensor], list[tuple[str, str]]]]:
-        """Yield keys and sources of the images that share a pass, and (key, reason) of the rest."""
-        records = self._corpus.records(sample_ids)
-        rows = iterate_rows(
-            self._corpus,
-            records,
-            transform.views(records, self._patch_size),
-            patch_size=self._patch_size,
-            row_tokens=self._row_tokens,
-        )
-        for row in rows:
-            packed, _ = row.to_packed(self._device)
-            sources = unpack_images(packed, self._patch_size)
-            yield row.keys, sources, [(key, reason) for _, key, reason in row.skipped]
+    def _sources(self, row: PackedRow) -> list[Tensor]:
+        """Return the images of a row on the device, [3, H, W] in [-1, 1]."""
+        packed, _ = row.to_packed(self._device)
+        return unpack_images(packed, self._patch_size)
 
-    def _attempt(
-        self, keys: Sequence[str], sources: Sequence[Tensor]
-    ) -> list[tuple[EvaluatedImage, Tensor | None]]:
+    def _reconstruct(self, keys: Sequence[str], sources: Sequence[Tensor]) -> list[_Attempt]:
         """Reconstruct images together or, where that fails, one by one."""
         if not sources:
             return []
         try:
             outputs, seconds, peak_mb = self._pass(sources)
+            share = seconds / len(sources)
             return [
-                (self._judge(key, source, output, seconds / len(sources), peak_mb), output)
+                _Attempt(key, source, output, share, peak_mb)
                 for key, source, output in zip(keys, sources, outputs, strict=True)
             ]
         except Exception as error:  # whatever a subject does must not end the evaluation
             torch.cuda.empty_cache()
             if len(sources) > 1:
                 alone = zip(keys, sources, strict=True)
-                return [found for pair in alone for found in self._attempt(*([x] for x in pair))]
-            height, width = sources[0].shape[1:]
-            failed = EvaluatedImage(keys[0], height, width, status=reason_of(error))
-            return [(failed, None)]
+                return [
+                    found for pair in alone for found in self._reconstruct(*([x] for x in pair))
+                ]
+            return [_Attempt(keys[0], sources[0], failure=reason_of(error))]
 
     def _pass(self, sources: Sequence[Tensor]) -> tuple[list[Tensor], float, float]:
         """Return reconstructions, the median of the seconds, and the peak of memory in MB."""
@@ -228,17 +249,24 @@ class Evaluator:
         _, peak = memory_in_use(self._device)
         return outputs, statistics.median(seconds), max(0, peak - rest) / _MB
 
-    def _judge(
-        self, key: str, source: Tensor, output: Tensor, seconds: float, peak_mb: float
-    ) -> EvaluatedImage:
-        if not output.isfinite().all():
-            raise ArithmeticError("the reconstruction holds values that are not finite")
-        result = judge(key, source, output, self._patch_size)
-        distance = None
-        if self._lpips is not None:
-            with torch.inference_mode():
-                distance = self._lpips(output[None].clamp(-1, 1), source[None]).item()
-        return EvaluatedImage(**asdict(result), lpips=distance, seconds=seconds, peak_mb=peak_mb)
+    def _judge(self, attempt: _Attempt) -> EvaluatedImage:
+        key, source, output = attempt.key, attempt.source, attempt.output
+        height, width = source.shape[1:]
+        if output is None:
+            return EvaluatedImage(key, height, width, status=attempt.failure)
+        try:
+            if not output.isfinite().all():
+                raise ArithmeticError("the reconstruction holds values that are not finite")
+            result = judge(key, source, output, self._patch_size)
+            distance = None
+            if self._lpips is not None:
+                with torch.inference_mode():
+                    distance = self._lpips(output[None].clamp(-1, 1), source[None]).item()
+        except Exception as error:  # such as a reconstruction of another size
+            return EvaluatedImage(key, height, width, status=reason_of(error))
+        return EvaluatedImage(
+            **asdict(result), lpips=distance, seconds=attempt.seconds, peak_mb=attempt.peak_mb
+        )
 
 
 def load_extractors(
@@ -263,7 +291,7 @@ def load_extractors(
 
 def reason_of(error: BaseException) -> str:
     """Return one line that says why an image has no reconstruction."""
-    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+    if is_out_of_memory(error):
         return "out of memory"
     line = root_cause(error).splitlines()[0]
     return (

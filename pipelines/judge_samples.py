@@ -35,10 +35,11 @@ class Judging:
         reference: manifest of real images, such as that of ImageNet-22k's training set.
         inception: TorchScript Inception-v3, a file or URL, for gFID and Inception Score; empty for
             none.
+        inception_digest: sha256 (hex) of that file, if it is another than the field's.
         dino: folder or repository of DINOv3, for gFDD; empty for none.
         num_reference: real images; every class is there at least once, if they are enough.
         num_neighbours_of: real images whose features precision and recall look at; 0 for neither.
-        square: pixels a side of the real images' centre crops; that of the samples.
+        square: pixels a side of the real images' centre crops, made as ADM's; that of the samples.
         seed: of the choice of real images.
         out: folder of the results, and of the statistics of the real images.
     """
@@ -46,6 +47,7 @@ class Judging:
     samples: str
     reference: str
     inception: str = ""
+    inception_digest: str = ""
     dino: str = ""
     num_reference: int = 100_000
     num_neighbours_of: int = 10_000
@@ -72,9 +74,11 @@ def judge(settings: Judging) -> dict[str, SampleQuality]:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     networks: dict[str, FeatureExtractor] = {}
     if settings.inception:
-        networks["gfid"] = InceptionFeatures.load(settings.inception, device=device)
+        networks["gfid"] = InceptionFeatures.load(
+            settings.inception, settings.inception_digest, device
+        )
     if settings.dino:
-        networks["gfdd"] = DinoFeatures.load(settings.dino, device)
+        networks["gfdd"] = DinoFeatures.load(settings.dino, device, option="dino")
     out = Path(settings.out)
     out.mkdir(parents=True, exist_ok=True)
     found: dict[str, SampleQuality] = {}
@@ -141,7 +145,7 @@ def labels_of(manifest: Manifest, chunk: int = 2**16) -> NDArray[np.int64]:
 def real_images(
     manifest: Manifest, sample_ids: NDArray[np.int64], square: int
 ) -> Iterator[list[Tensor]]:
-    """Yield centre crops of real images [3, H, W] in [-1, 1]; unreadable ones are left out."""
+    """Yield ADM's centre crops [3, H, W] in [-1, 1]; unreadable images are left out."""
     yield from _images(manifest, sample_ids, square)
 
 
@@ -163,7 +167,9 @@ def _images(
     for start in range(0, len(sample_ids), _BATCH_IMAGES):
         records = manifest.records(np.asarray(sample_ids[start : start + _BATCH_IMAGES]))
         longest = int(max(records.height.max(), records.width.max()))
-        transform = Transform(square=square) if square else Transform(longest_side=longest)
+        transform = (
+            Transform(square=square, adm=True) if square else Transform(longest_side=longest)
+        )
         views = transform.views(records, _NO_PATCH)
         shown = decode_views(corpus, records, views)
         pixels = [shown[view] for view in views]

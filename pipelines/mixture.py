@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipelines.corpus import Manifest, SampleRecords, read_samples
-from pipelines.decode import UnreadableImage, decode_rgb
+from pipelines.decode import UnreadableImage, decode_adm_square, decode_rgb
 from pipelines.order import mixture_places, mixture_shares, sample_order
 from pipelines.views import SampleView, write_patches
 from vitok.config import config
@@ -183,12 +183,16 @@ class Corpus:
     ) -> dict[SampleView, NDArray[np.uint8] | UnreadableImage]:
         """Decode an encoded image to what each view sees of it: pixels [H, W, 3]."""
         shown: dict[SampleView, NDArray[np.uint8] | UnreadableImage] = {}
-        decoded: dict[tuple[Any, Any], NDArray[np.uint8] | UnreadableImage] = {}
+        decoded: dict[tuple[Any, ...], NDArray[np.uint8] | UnreadableImage] = {}
         for view in views:
-            part = view.crop, view.size
+            part = view.crop, view.size, view.adm
             if part not in decoded:
                 try:
-                    decoded[part] = decode_rgb(sample, crop=view.crop, size=view.size)
+                    decoded[part] = (
+                        decode_adm_square(sample, view.size[0])
+                        if view.adm
+                        else decode_rgb(sample, crop=view.crop, size=view.size)
+                    )
                 except UnreadableImage as error:
                     decoded[part] = error
             pixels = decoded[part]

@@ -3,6 +3,7 @@
 All are of the ViTok-v2 paper (arXiv 2605.05331), which measured the other models too.
 """
 
+import re
 from dataclasses import dataclass
 
 
@@ -22,6 +23,13 @@ class PublishedFigures:
     psnr: float | None
     ssim: float | None
     seconds: float | None = None
+
+    @property
+    def compression_ratio(self) -> float:
+        """Numbers of the image for each number of the latent, 3 f^2 / c."""
+        found = re.search(r"f(\d+)x(\d+)", self.subject)
+        assert found is not None, self.subject
+        return 3 * int(found[1]) ** 2 / int(found[2])
 
 
 _IMAGENET_256P = (

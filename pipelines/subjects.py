@@ -1,7 +1,9 @@
 """What is evaluated: our models, autoencoders of diffusers, codecs, behind one function each."""
 
+import difflib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
@@ -161,6 +163,13 @@ def load_subject(spec: SubjectSpec, device: torch.device) -> Subject:
 
 
 def _ours(spec: SubjectSpec, device: torch.device) -> Subject:
+    others = (*REPOSITORIES, *get_args(Codec))
+    near = difflib.get_close_matches(spec.location, others, n=1, cutoff=0.75)
+    if near and not Path(spec.location).exists():
+        raise ValueError(
+            f"there is no subject {spec.location!r}; did you mean {near[0]}? There are "
+            f"{', '.join(others)}, models of ours and diffusers:FOLDER"
+        )
     dtype = torch.float32 if spec.dtype == "float32" else torch.bfloat16
     model = load_autoencoder(spec.location, dtype=dtype)
     facts = _facts(model, model.config.patch_size, model.config.latent_channels)

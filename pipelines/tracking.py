@@ -274,8 +274,8 @@ def open_run(
     Raises:
         ConnectionError: the run is new and the server does not take it.
     """
-    logging.getLogger("mlflow").setLevel(logging.WARNING)
-    logging.getLogger("alembic").setLevel(logging.WARNING)
+    # Importing MLflow sets its loggers' levels; setting them before would be undone.
+    os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")
     uri = tracking_uri(tracking, storage)
     note = json.loads(folder.read_text(_RUN_FILE) or "{}")
     run_id = note.get("run_id") if note.get("uri") == uri else None

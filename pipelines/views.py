@@ -23,6 +23,7 @@ class SampleView:
         size: (height, width) that the crop is resized to.
         tile_position: two numbers in [0, 1), where in the image the loss looks closely.
         flip: left and right are exchanged.
+        adm: the crop is the centre square, made as decode_adm_square makes it.
     """
 
     sample_id: int
@@ -31,6 +32,7 @@ class SampleView:
     size: tuple[int, int]
     tile_position: tuple[float, float]
     flip: bool = False
+    adm: bool = False
 
     def num_tokens(self, patch_size: int) -> int:
         """Patches that the resized crop has."""

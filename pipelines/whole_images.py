@@ -1,7 +1,7 @@
 """Whole images as packed rows, outside the plan of a training: for evaluation and latent caches."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -22,16 +22,20 @@ class Transform:
     Attributes:
         token_budget: at most so many patches, aspect kept; smaller images keep their size.
         longest_side: at most so many pixels a side, aspect kept; smaller images keep their size.
-        square: the centre of the image, so many pixels a side; smaller images are enlarged. What
-            ADM's centre crop shows, but for the order: cropped first, then resized once.
+        square: the centre of the image, so many pixels a side; smaller images are enlarged.
+        adm: the square is made as ADM's evaluations make it, pixel by pixel; otherwise it shows the
+            same, but is cropped first, then resized once, and large JPEGs are not decoded whole.
     """
 
     token_budget: int = 0
     longest_side: int = 0
     square: int = 0
+    adm: bool = False
 
     def __post_init__(self) -> None:
-        given = {name: size for name, size in vars(self).items() if size}
+        if self.adm and not self.square:
+            raise ValueError("adm=True says how a square is made; give square")
+        given = self._sizes()
         if len(given) != 1 or min(given.values()) < 1:
             raise ValueError(
                 f"token_budget={self.token_budget}, longest_side={self.longest_side} and "
@@ -41,7 +45,7 @@ class Transform:
     @property
     def name(self) -> str:
         """What results call it."""
-        [(name, size)] = [(name, size) for name, size in vars(self).items() if size]
+        [(name, size)] = self._sizes().items()
         return f"{name.replace('_', ' ')} {size}"
 
     def require_patch(self, patch_size: int) -> None:
@@ -87,6 +91,7 @@ class Transform:
             size=self.size(height, width, patch_size),
             tile_position=(0.5, 0.5),
             flip=flip,
+            adm=self.adm,
         )
 
     def views(
@@ -101,6 +106,71 @@ class Transform:
         )
         return [self.view(*sample, patch_size, flip) for sample in sizes]
 
+    def _sizes(self) -> dict[str, int]:
+        sizes = {
+            "token_budget": self.token_budget,
+            "longest_side": self.longest_side,
+            "square": self.square,
+        }
+        return {name: size for name, size in sizes.items() if size}
+
+
+@dataclass(frozen=True)
+class PlannedRow:
+    """The views that share a row, before anything of them is read; equal ones load alike.
+
+    Attributes:
+        records: where their samples lie.
+        row_tokens, max_images, max_seqlen: see PackedRow.
+    """
+
+    views: tuple[SampleView, ...]
+    row_tokens: int
+    max_images: int
+    max_seqlen: int
+    records: SampleRecords = field(compare=False)
+
+
+def plan_rows(
+    records: SampleRecords, views: Sequence[SampleView], *, patch_size: int, row_tokens: int
+) -> list[PlannedRow]:
+    """Pack views into as few rows as best-fit finds; all rows have one shape.
+
+    Args:
+        records: where the samples of the views lie.
+        row_tokens: tokens of a row; as many as the largest view has, if that is more.
+    """
+    packing = pack_views(views, patch_size=patch_size, row_tokens=row_tokens)
+    place = {sample_id: i for i, sample_id in enumerate(records.sample_id.tolist())}
+    rows = []
+    for members in packing.members:
+        packed = tuple(views[i] for i in members)
+        rows.append(
+            PlannedRow(
+                views=packed,
+                row_tokens=packing.row_tokens,
+                max_images=packing.max_images,
+                max_seqlen=packing.max_seqlen,
+                records=records.take(sorted({place[view.sample_id] for view in packed})),
+            )
+        )
+    return rows
+
+
+def load_row(corpus: Corpus, row: PlannedRow, patch_size: int) -> PackedRow:
+    """Read and decode the samples of a row, and pack them as planned."""
+    (loaded,) = load_rows(
+        corpus,
+        row.records,
+        [list(row.views)],
+        step=0,
+        patch_size=patch_size,
+        row_tokens=row.row_tokens,
+        max_images=row.max_images,
+        max_seqlen=row.max_seqlen,
+    )
+    return loaded
+
 
 def iterate_rows(
     corpus: Corpus,
@@ -110,29 +180,13 @@ def iterate_rows(
     patch_size: int,
     row_tokens: int,
 ) -> Iterator[PackedRow]:
-    """Pack views into as few rows as best-fit finds, and load one row after another.
+    """Plan rows as plan_rows does, and load one after another.
 
-    All rows have one shape, that of the fullest. The memory is that of a row, however many views
-    there are; but a row's images lie anywhere among them: give neighbours, a few hundred at a time.
-
-    Args:
-        records: where the samples of the views lie.
-        row_tokens: tokens of a row; as many as the largest view has, if that is more.
+    The memory is that of a row, however many views there are; but a row's images lie anywhere among
+    them: give neighbours, a few hundred at a time.
     """
-    packing = pack_views(views, patch_size=patch_size, row_tokens=row_tokens)
-    place = {sample_id: i for i, sample_id in enumerate(records.sample_id.tolist())}
-    for members in packing.members:
-        packed = [views[i] for i in members]
-        yield from load_rows(
-            corpus,
-            records.take(sorted({place[view.sample_id] for view in packed})),
-            [packed],
-            step=0,
-            patch_size=patch_size,
-            row_tokens=packing.row_tokens,
-            max_images=packing.max_images,
-            max_seqlen=packing.max_seqlen,
-        )
+    for row in plan_rows(records, views, patch_size=patch_size, row_tokens=row_tokens):
+        yield load_row(corpus, row, patch_size)
 
 
 @dataclass(frozen=True)
@@ -150,7 +204,7 @@ class Packing:
 
 
 def pack_views(views: Sequence[SampleView], *, patch_size: int, row_tokens: int) -> Packing:
-    """Pack views into as few rows as best-fit finds; see iterate_rows."""
+    """Pack views into as few rows as best-fit finds; see plan_rows."""
     lengths = [view.num_tokens(patch_size) for view in views]
     row_tokens = max(row_tokens, *lengths)
     rows = pack_best_fit(lengths, row_tokens=row_tokens, max_images=len(views))

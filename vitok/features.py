@@ -140,14 +140,19 @@ class DinoFeatures:
         self.digest = weights_digest(network)
 
     @classmethod
-    def load(cls, weights: str, device: torch.device | str = "cpu") -> "DinoFeatures":
+    def load(
+        cls, weights: str, device: torch.device | str = "cpu", option: str = "networks.dino"
+    ) -> "DinoFeatures":
         """Load DINOv3 from a folder or a Hugging Face repository that is already on this machine.
+
+        Args:
+            option: what the user sets, for the messages.
 
         Raises:
             FileNotFoundError: the weights are not there.
             ValueError: they are of another network, or not whole.
         """
-        return cls(load_dino(weights, option="networks.dino").to(device))
+        return cls(load_dino(weights, option).to(device))
 
     @torch.inference_mode()
     def __call__(self, images: Sequence[Tensor]) -> Tensor:

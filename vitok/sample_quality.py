@@ -79,8 +79,8 @@ def judge_samples(
 def inception_score(probabilities: Tensor, num_splits: int = 10) -> tuple[float, float]:
     """Return mean and standard deviation over splits of exp(E KL(p(y|x) || p(y))).
 
-    Salimans et al., arXiv 1606.03498. The splits are runs of images in the order given, as there;
-    the score of one split is smaller the fewer images it has.
+    Salimans et al., arXiv 1606.03498. The splits are runs of images in the order given, cut where
+    their code cuts; the score of one split is smaller the fewer images it has.
 
     Args:
         probabilities: [N, classes], rows that add up to 1.
@@ -94,7 +94,10 @@ def inception_score(probabilities: Tensor, num_splits: int = 10) -> tuple[float,
             f"{num_splits=} must be from 1 to the number of images, {len(probabilities)}"
         )
     scores = []
-    for part in torch.tensor_split(probabilities.double(), num_splits):
+    count = len(probabilities)
+    for split in range(num_splits):
+        part = probabilities[split * count // num_splits : (split + 1) * count // num_splits]
+        part = part.double()
         divergence = torch.xlogy(part, part) - torch.xlogy(part, part.mean(0, keepdim=True))
         scores.append(divergence.sum(1).mean().exp())
     score = torch.stack(scores)

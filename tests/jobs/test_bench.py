@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 
 from jobs import bench_all
 from jobs.bench import BENCHMARKS
@@ -43,6 +44,33 @@ def test_attention_benchmark_ends_with_its_figures_as_json(
         for part in ("forward", "backward")
     }
     assert all(milliseconds > 0 for milliseconds in figures.values())
+
+
+def test_evaluation_benchmark_compares_a_worker_with_its_parts(
+    capsys: pytest.CaptureFixture[str],
+    sample_manifests: tuple[Path, Path],
+    tiny_dino: nn.Module,
+    tmp_path: Path,
+) -> None:
+    tiny_dino.save_pretrained(tmp_path / "dino")
+    shards = Manifest.load(sample_manifests[0]).uris
+    threads = torch.get_num_threads()
+    command = ["bench", "evaluate", "--model", "linear-Bd1/16x64", "--dino", str(tmp_path / "dino")]
+    command += ["--shards", *shards, "--side", "32", "--num-images", "40", "--features", "50"]
+    try:
+        assert main([*command, "--threads", "1", "--repeats", "1", "--json"]) == 0
+    finally:
+        torch.set_num_threads(threads)
+    figures = json.loads(capsys.readouterr().out.splitlines()[-1])
+    parts = ("reading", "bare_model", "psnr_and_ssim", "features")
+    rates = [figures[f"{name}_images_per_s"] for name in parts]
+    whole = figures["end_to_end_images_per_s"]
+    assert min(rates) > 0
+    assert figures["over_bare_model"] == pytest.approx(whole / rates[1], rel=0.01)
+    in_turn = 1 / sum(1 / rate for rate in rates)
+    assert figures["over_parts_in_turn"] == pytest.approx(whole / in_turn, rel=0.01)
+    assert figures["images"] == 40
+    assert figures["frechet_distance_s"] > 0
 
 
 def run_inference(capsys: pytest.CaptureFixture[str], *arguments: object) -> dict:

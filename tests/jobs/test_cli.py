@@ -3,6 +3,7 @@ import json
 import re
 import socket
 import tarfile
+from dataclasses import asdict
 from pathlib import Path
 from typing import NamedTuple
 
@@ -22,6 +23,7 @@ from jobs.latents import LATENT_COMMANDS
 from jobs.recipes import TRAINING
 from jobs.remote import JOBS_COMMANDS
 from pipelines.corpus import Manifest
+from pipelines.whole_images import Transform
 from tests.pipelines.small_caches import CHANNELS, ROWS, write_small_cache
 
 
@@ -510,7 +512,7 @@ def test_latents_commands_show_and_check_a_cache(
     shown = json.loads(stats.out)
     assert (shown["num_images"], shown["num_tokens"]) == (len(ROWS), 240)
     assert len(shown["mean"]) == len(shown["std"]) == CHANNELS
-    assert shown["identity"]["transforms"] == [{"token_budget": 64, "longest_side": 0, "square": 0}]
+    assert shown["identity"]["transforms"] == [asdict(Transform(token_budget=64))]
 
     shards = json.loads(vitok("latents", "ls", small_cache, "--json").out)
     assert [(row["shard"], row["num_latents"]) for row in shards] == [

@@ -7,38 +7,18 @@ from torch import nn
 
 from jobs.cli import main
 from jobs.evaluations import EVALUATIONS
-from pipelines.baselines import REPOSITORIES
+from pipelines.baselines import REPOSITORIES, random_baseline
 from tests.vitok.random_inception import write_inception
 from vitok.variants import RELEASED
 
 
 @pytest.fixture
 def baselines(tmp_path: Path) -> list[str]:
-    """Two autoencoders of diffusers with random weights."""
-    diffusers = pytest.importorskip("diffusers")
-    torch.manual_seed(0)
-    kl = diffusers.AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * 4,
-        up_block_types=("UpDecoderBlock2D",) * 4,
-        block_out_channels=(8, 8, 16, 16),
-        norm_num_groups=4,
-        latent_channels=4,
-    )
-    dc = diffusers.AutoencoderDC(
-        latent_channels=8,
-        attention_head_dim=8,
-        encoder_block_types=("ResBlock", "EfficientViTBlock"),
-        decoder_block_types=("ResBlock", "EfficientViTBlock"),
-        encoder_block_out_channels=(8, 16),
-        decoder_block_out_channels=(8, 16),
-        encoder_layers_per_block=(1, 1),
-        decoder_layers_per_block=(1, 1),
-        encoder_qkv_multiscales=((), (5,)),
-        decoder_qkv_multiscales=((), (5,)),
-    )
-    for name, model in (("kl", kl), ("dc", dc)):
-        model.save_pretrained(tmp_path / name)
-    return [f"diffusers:{tmp_path / name},name={name}" for name in ("kl", "dc")]
+    """Two autoencoders of diffusers as they are published, but for random weights."""
+    pytest.importorskip("diffusers")
+    for name in ("sd-vae", "flux"):
+        random_baseline(name, torch.bfloat16).save_pretrained(tmp_path / name)
+    return [f"diffusers:{tmp_path / name},name={name}" for name in ("sd-vae", "flux")]
 
 
 def test_the_whole_command_judges_ours_baselines_and_codecs_by_all_metrics(
@@ -52,21 +32,21 @@ def test_the_whole_command_judges_ours_baselines_and_codecs_by_all_metrics(
     inception, digest = write_inception(tmp_path / "inception.pt")
     tiny_dino.save_pretrained(tmp_path / "dino")
     command = ["evaluate", "imagenet-256p", "--data", str(sample_manifests[1]), "--json"]
-    command += ["--subjects", f"{tiny_weights},name=tiny", *baselines, "jpeg"]
-    command += ["--square", "48", "64", "--out", str(tmp_path / "out")]
+    command += ["--subjects", f"{tiny_weights},name=tiny", *baselines, "jpeg,bits_per_pixel=9"]
+    command += ["--square", "24", "32", "--max-images", "3", "--out", str(tmp_path / "out")]
     command += ["--networks.inception", str(inception), "--networks.inception-digest", digest]
     command += ["--networks.dino", str(tmp_path / "dino")]
-    command += ["--num-workers", "0", "--no-use-gpu"]
+    command += ["--num-workers", "0", "--no-use-gpu", "--num-pictures", "1"]
     assert main(command) == 0
     scores = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert [(score["subject"], score["resolution"]) for score in scores] == [
-        (name, f"square {side}") for name in ("tiny", "kl", "dc", "jpeg") for side in (48, 64)
+        (name, f"square {side}") for name in ("tiny", "sd-vae", "flux", "jpeg") for side in (24, 32)
     ]
     for score in scores:
-        assert score["num_images"] == 5
+        assert score["num_images"] == 3
         for name in ("psnr", "ssim", "rfid", "rfdd", "seconds"):
             assert score[name] is not None, (score["subject"], name)
-    assert [score["compression_ratio"] for score in scores[::2]] == [48, 48, 1.5, None]
+    assert [score["compression_ratio"] for score in scores[::2]] == [48, 48, 12, None]
     assert scores[6]["rfid"] < scores[0]["rfid"], "JPEG is nearer to the image than noise"
     report = (tmp_path / "out" / "report.md").read_text()
     assert "SD-VAE f8x4 (published)" in report

@@ -9,8 +9,10 @@ import numpy as np
 import pytest
 from mlflow.tracking import MlflowClient
 from PIL import Image
+from torch import nn
 
 from jobs import flow_recipes, quickstart, recipes
+from jobs.cli import main
 from jobs.sample_corpus import make_sample_corpus
 from pipelines import train_autoencoder
 from pipelines.latents import LatentCache
@@ -21,6 +23,7 @@ from pipelines.train_flow import FlowTraining
 from pipelines.verify_latents import verify_here
 from tests.conftest import tiny_model
 from tests.pipelines.flow_runs import flow_training, write_checkpoint
+from tests.vitok.random_inception import write_inception
 from vitok.pretrained import encoder_digest
 from vitok.storage import Folder
 
@@ -51,6 +54,7 @@ def run_id_of(storage: Path) -> str:
 def test_quickstart_shows_the_whole_system_continues_and_starts_over(
     ray_cluster: None,
     tmp_path: Path,
+    tiny_dino: nn.Module,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
@@ -62,6 +66,8 @@ def test_quickstart_shows_the_whole_system_continues_and_starts_over(
     _check_latents(tmp_path)
     first = run_id_of(tmp_path)
     _check_record(tmp_path, first)
+    _check_evaluation(tmp_path, tiny_dino)
+    capsys.readouterr()
 
     with monkeypatch.context() as patched:
         patched.setattr(train_autoencoder, "_worker", None)  # would fail if it were started
@@ -115,6 +121,23 @@ def _check_latents(storage: Path) -> None:
     assert len(cache) == 40
 
 
+def _check_evaluation(storage: Path, dino: nn.Module) -> None:
+    """Judge the model of the quickstart by all metrics, with random networks."""
+    inception, digest = write_inception(storage / "inception.pt")
+    dino.save_pretrained(storage / "dino")
+    command = ["evaluate", "quickstart", "--subjects", str(storage / "quickstart")]
+    command += ["--data", str(storage / "quickstart" / "corpus" / "eval")]
+    command += ["--networks.inception", str(inception), "--networks.inception-digest", digest]
+    command += ["--networks.dino", str(storage / "dino"), "--out", str(storage / "judged")]
+    assert main(command) == 0
+    (score,) = json.loads((storage / "judged" / "results.json").read_text())["scores"]
+    client = MlflowClient(tracking_uri(TrackingConfig(), str(storage)))
+    logged = client.get_run(run_id_of(storage)).data.metrics
+    for name in ("psnr", "ssim", "rfid", "rfdd"):
+        assert score[name] > 0
+        assert logged[f"evaluation/judged/token_budget_256/{name}"] == score[name]
+
+
 def _check_record(storage: Path, run_id: str) -> None:
     client = MlflowClient(tracking_uri(TrackingConfig(), str(storage)))
     run = client.get_run(run_id)
@@ -130,7 +153,7 @@ def _check_record(storage: Path, run_id: str) -> None:
     def artifacts(folder: str) -> set[str]:
         return {Path(file.path).name for file in client.list_artifacts(run_id, folder)}
 
-    assert artifacts("evaluation") == {"results.json", "reconstructions.png"}
+    assert artifacts("evaluation") >= {"results.json", "reconstructions.png"}
     assert artifacts("latents") == {"manifest.json"}
     assert artifacts("weights") == {"config.json", "encoder.safetensors", "decoder.safetensors"}
     assert any(name.endswith(".png") for name in artifacts("images"))

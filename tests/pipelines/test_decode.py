@@ -9,11 +9,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image, ImageCms, ImageOps
 
 from jobs.sample_corpus import EVAL_PHOTOGRAPHS, TRAIN_PHOTOGRAPHS, photograph_path
 from pipelines import decode
-from pipelines.decode import UnreadableImage, decode_rgb, image_size
+from pipelines.decode import UnreadableImage, decode_adm_square, decode_rgb, image_size
 
 ORIENTATION_TAG = 0x0112
 
@@ -226,6 +228,44 @@ def test_resize_without_scaled_decode_is_pillows_bicubic(cat: Image.Image) -> No
     for size in ((111, 170), (450, 600)):
         expected = cat.resize(size[::-1], Image.Resampling.BICUBIC)
         np.testing.assert_array_equal(decode_rgb(data, size=size), np.asarray(expected))
+
+
+def adm_centre_crop(image: Image.Image, side: int) -> np.ndarray:
+    """Follow center_crop_arr of openai/guided-diffusion's image_datasets.py."""
+    while min(*image.size) >= 2 * side:
+        image = image.resize(tuple(edge // 2 for edge in image.size), Image.Resampling.BOX)
+    scale = side / min(*image.size)
+    image = image.resize(
+        tuple(round(edge * scale) for edge in image.size), Image.Resampling.BICUBIC
+    )
+    pixels = np.array(image)
+    top, left = (pixels.shape[0] - side) // 2, (pixels.shape[1] - side) // 2
+    return pixels[top : top + side, left : left + side]
+
+
+@settings(deadline=None)
+@given(st.integers(1, 200), st.integers(1, 200), st.integers(1, 90))
+def test_squares_are_those_of_adm(height: int, width: int, side: int) -> None:
+    noise = np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    image = Image.fromarray(noise)
+    found = decode_adm_square(encode(image, "PNG"), side)
+    assert found.shape == (side, side, 3)
+    assert np.array_equal(found, adm_centre_crop(image, side))
+
+
+def test_an_adm_square_shows_what_the_crop_shows_and_upright(cat: Image.Image) -> None:
+    data = oriented(cat, "PNG", 6)
+    turned = upright(data)
+    edge = min(turned.size)
+    box = ((turned.height - edge) // 2, (turned.width - edge) // 2, edge, edge)
+    cropped = decode_rgb(data, crop=box, size=(64, 64))
+    assert 25 < psnr(decode_adm_square(data, 64), cropped) < 60
+
+
+def test_a_line_of_pixels_does_not_become_a_picture_of_any_size() -> None:
+    line = encode(Image.new("RGB", (2000, 1)), "PNG")
+    with pytest.raises(UnreadableImage, match="1x2000 enlarged to a shorter side of 256, the lim"):
+        decode_adm_square(line, 256)
 
 
 def test_transparency_is_composited_over_mid_gray(cat: Image.Image) -> None:

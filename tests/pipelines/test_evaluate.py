@@ -1,4 +1,6 @@
 import math
+import threading
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -8,12 +10,14 @@ import simplejpeg
 import torch
 from torch import Tensor
 
-from pipelines import evaluation_worker
+from pipelines import evaluation_worker, read_ahead
 from pipelines.corpus import Manifest, build_manifest, read_samples, write_shards
 from pipelines.decode import decode_rgb
-from pipelines.evaluate import EvaluationResult, evaluate
+from pipelines.evaluate import EvaluationResult, evaluate, statistics_name
 from pipelines.evaluation_config import EvaluationConfig
 from pipelines.evaluation_worker import OK, ExtractorConfig
+from pipelines.ingest import PackedRow
+from pipelines.reconstruction import ImageResult
 from pipelines.subjects import Subject, SubjectFacts
 from pipelines.train_autoencoder import load_autoencoder
 from tests.vitok.random_inception import write_inception
@@ -247,19 +251,25 @@ def test_codecs_take_the_bits_of_the_first_model(settings: EvaluationConfig) -> 
 def test_a_given_reference_takes_the_place_of_the_sources(
     settings: EvaluationConfig, inception: ExtractorConfig, tmp_path: Path
 ) -> None:
-    settings = replace(settings, networks=inception)
+    settings = replace(settings, networks=inception, token_budget=(BUDGET, 20), num_pictures=0)
     usual = evaluate(settings)
+    for (resolution, network), gaussian in usual.references.items():
+        gaussian.save(tmp_path / statistics_name(network, resolution))
+    found = evaluate(replace(settings, inception_reference=str(tmp_path)))
+    assert [score.rfid for score in found.scores] == [score.rfid for score in usual.scores]
+    assert usual.scores[0].rfid != usual.scores[1].rfid
+
     place = (f"token budget {BUDGET}", "inception")
-    usual.references[place].save(tmp_path / "reference.npz")
-    reference = replace(settings, inception_reference=str(tmp_path / "reference.npz"))
-    assert evaluate(reference).scores[0].rfid == usual.scores[0].rfid
     other = Gaussian(usual.references[place].mean + 1, usual.references[place].covariance)
-    other.save(tmp_path / "reference.npz")
-    found = evaluate(reference).scores[0]
-    assert found.rfid > usual.scores[0].rfid + 5
-    assert any("does not say which weights" in warning for warning in found.warnings)
+    other.save(tmp_path / "other.npz")
+    settings = replace(settings, inception_reference=str(tmp_path / "other.npz"))
+    with pytest.raises(ValueError, match="is of one resolution, and there are 2; give the folder"):
+        evaluate(settings)
+    (score,) = evaluate(replace(settings, token_budget=(BUDGET,))).scores
+    assert score.rfid > usual.scores[0].rfid + 5
+    assert any("does not say which weights" in warning for warning in score.warnings)
     with pytest.raises(ValueError, match="inception_reference needs the network"):
-        evaluate(replace(reference, networks=ExtractorConfig()))
+        evaluate(replace(settings, networks=ExtractorConfig()))
 
 
 def test_latency_is_that_of_each_image_alone_after_a_first_pass(
@@ -275,6 +285,43 @@ def test_latency_is_that_of_each_image_alone_after_a_first_pass(
     assert passes == [1] * (11 * 4)
     (images,) = result.images.values()
     assert all(image.seconds > 0 and image.peak_mb >= 0 for image in images)
+
+
+def test_the_next_images_are_read_while_these_are_judged_and_never_during_a_pass(
+    settings: EvaluationConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    changed = threading.Condition()
+    reads, passes = 0, 0
+    load_row, judge = read_ahead.load_row, evaluation_worker.judge
+
+    def counting_load(*arguments: object) -> PackedRow:
+        nonlocal reads
+        with changed:
+            reads += 1
+            changed.notify()
+        return load_row(*arguments)
+
+    def reconstruct(images: list[Tensor]) -> list[Tensor]:
+        nonlocal passes
+        passes += 1
+        time.sleep(0.02)  # a reader that did not wait would have begun by then
+        assert reads == passes, "a pass has the machine to itself"
+        return list(images)
+
+    def waiting_judge(*arguments: object) -> ImageResult:
+        with changed:
+            begun = changed.wait_for(lambda: reads > passes or passes == num_rows, timeout=20)
+        assert begun, "nobody reads the next images"
+        return judge(*arguments)
+
+    num_rows = 5  # slices of 5, 5 and 1 images, about 3 of which fill a row
+    monkeypatch.setattr(read_ahead, "load_row", counting_load)
+    monkeypatch.setattr(evaluation_worker, "judge", waiting_judge)
+    subject = Subject(SubjectFacts(), reconstruct)
+    monkeypatch.setattr(evaluation_worker, "load_subject", lambda *_: subject)
+    result = evaluate(replace(settings, num_pictures=0))
+    assert passes == reads == num_rows
+    assert result.scores[0].num_images == 11
 
 
 def test_lpips_compares_whole_images(

@@ -6,7 +6,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipelines.corpus import Manifest, build_manifest, read_samples, write_shards
-from pipelines.evaluation_data import choose_samples, digest_of, open_images
+from pipelines.evaluation_data import choose_samples, digest_of, open_images, read_keys
 
 
 @pytest.fixture
@@ -88,6 +88,17 @@ def test_samples_are_chosen_by_key_and_seed_alone(tmp_path: Path, encoded: dict)
     assert choose_samples(turned, 2, keys=["07", "03", "05"])[1] == ["03", "05", "07"]
     with pytest.raises(ValueError, match="has no sample 'x', nor 1 others of the list"):
         choose_samples(ordered, keys=["01", "x", "y"])
+
+
+def test_a_list_of_samples_is_read_line_by_line(tmp_path: Path) -> None:
+    file = tmp_path / "samples.txt"
+    with pytest.raises(FileNotFoundError, match=f"no list of samples at {file}; give samples a"):
+        read_keys(str(file))
+    file.write_text("\n")
+    with pytest.raises(ValueError, match="lists no samples"):
+        read_keys(str(file))
+    file.write_text("b c\na\n")
+    assert read_keys(str(file)) == ["b c", "a"]
 
 
 def test_keys_that_occur_twice_are_refused(tmp_path: Path, encoded: dict[str, bytes]) -> None:

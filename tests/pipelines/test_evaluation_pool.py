@@ -4,14 +4,16 @@ import time
 import numpy as np
 import pytest
 import ray
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from pipelines.evaluation_pool import Slice, WorkerPool, cut
+from pipelines.evaluation_pool import Slice, SliceQueues, WorkerPool, cut
 from pipelines.evaluation_worker import EvaluatedImage, SliceResult
 from pipelines.subjects import SubjectFacts
 from pipelines.whole_images import Transform
 
-HANGS, DIES = 7, 11
+HANGS, DIES = 15, 11
 TRANSFORM = Transform(square=16)
 
 
@@ -22,8 +24,14 @@ class StandIn:
     def load(self) -> tuple[SubjectFacts, dict[str, str]]:
         return SubjectFacts(compression_ratio=12.0), {"dino": "d"}
 
-    def evaluate(self, sample_ids: NDArray[np.int64], transform: Transform) -> SliceResult:
+    def evaluate(
+        self,
+        sample_ids: NDArray[np.int64],
+        transform: Transform,
+        following: NDArray[np.int64] | None,
+    ) -> SliceResult:
         assert transform == TRANSFORM
+        assert following is None or not set(following) & set(sample_ids)
         if HANGS in sample_ids:
             time.sleep(60)
         if DIES in sample_ids:
@@ -53,6 +61,43 @@ def test_slices_hold_every_sample_once_in_order() -> None:
         ([11], ["k11"]),
         ([12], ["k12"]),
     ]
+
+
+@settings(deadline=None)
+@given(
+    count=st.integers(0, 40),
+    num_workers=st.integers(1, 5),
+    calls=st.lists(st.tuples(st.integers(0, 4), st.booleans()), max_size=80),
+)
+def test_every_slice_is_handed_out_once_and_mostly_as_expected(
+    count: int, num_workers: int, calls: list[tuple[int, bool]]
+) -> None:
+    slices = cut(np.arange(count), [f"k{i}" for i in range(count)], 1)
+    waiting = SliceQueues(slices, num_workers)
+    handed: list[str] = []
+    expected: dict[int, int] = {}
+    failed: set[str] = set()
+    turns = [(worker % num_workers, fails) for worker, fails in calls]
+    turns += [(i % num_workers, False) for i in range(2 * count)]
+    num_surprises = 0
+    for worker, fails in turns:
+        if not waiting:
+            break
+        part, following = waiting.take(worker)
+        if worker in expected:
+            num_surprises += expected[worker] != part.sample_ids[0]
+        if following is None:
+            expected.pop(worker, None)
+        else:
+            expected[worker] = int(following[0])
+        if fails and part.keys[0] not in failed:
+            failed |= set(part.keys)
+            waiting.put_back(worker, part.alone())
+            assert waiting.take(worker)[0].keys == part.keys, "before all others"
+        handed += part.keys
+    assert not waiting
+    assert sorted(handed) == sorted(f"k{i}" for i in range(count))
+    assert num_surprises <= num_workers, "only the last of a worker is taken from it"
 
 
 def test_what_hangs_or_dies_costs_one_image_and_the_rest_is_evaluated(ray_cluster: None) -> None:

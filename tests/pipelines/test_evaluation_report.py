@@ -23,7 +23,7 @@ def settings(
     sample_manifests: tuple[Path, Path], tiny_weights: Path, tmp_path_factory
 ) -> EvaluationConfig:
     return EvaluationConfig(
-        subjects=(f"{tiny_weights},name=tiny", "jpeg"),
+        subjects=(f"{tiny_weights},name=tiny", "jpeg,bits_per_pixel=9"),
         data=str(sample_manifests[1]),
         out=str(tmp_path_factory.mktemp("report") / "evaluation"),
         square=(32, 64),
@@ -77,7 +77,7 @@ def test_everything_is_written(settings: EvaluationConfig, result: EvaluationRes
             image.num_tokens,
             image.status,
         )
-        assert row["bits_per_pixel"] == 1.0
+        assert row["bits_per_pixel"] == (9.0 if row["subject"] == "jpeg" else 1.0)
     assert Gaussian.load(out / "statistics" / "dino-square_32.npz").extractor == "d" * 64
     for name in ("psnr_over_r", "rate_distortion", "latency"):
         with Image.open(out / "plots" / f"{name}.png") as picture:
@@ -122,10 +122,21 @@ def test_published_figures_stand_beside_and_are_marked(
     assert rows["tiny", "square 32"]["PSNR"] == f"{result.scores[0].psnr:.2f}"
     published = rows["ViTok-v2 5B f16x32 (published)", "imagenet-256p"]
     assert (published["PSNR"], published["SSIM"], published["images"]) == ("31.20", "0.8670", "")
+    assert (published["r"], published["bits/pixel"]) == ("24.0", "")
+    (shown,) = (line for line in lines if line.startswith("- pictures/jpeg-square_32.png, worst f"))
+    worst = min(result.images["jpeg", "square 32"], key=lambda image: image.psnr)
+    assert shown.partition(": ")[2].startswith(f"{worst.key} ({worst.psnr:.2f} dB), ")
     ours = [name for name, _ in rows if "(published)" not in name]
     assert sorted(set(ours)) == ["jpeg", "tiny"]
     assert "measured by others (arXiv 2605.05331)" in table
     assert "other could not be evaluated: no weights" in table
+    lost = f"tiny, square 64: 1 of 5 images failed; the first, {result.keys[1]}: out of memory"
+    assert f"- {lost}\n" in table
+    assert "left out" not in table
+    others = replace(result, left_out=[("a.jpg", "zero bytes"), ("b.jpg", "no image")])
+    assert "2 images that cannot be used are left out; the first, a.jpg: zero bytes" in markdown(
+        settings, others
+    )
     assert "(published)" not in markdown(replace(settings, benchmark=""), result)
 
 

@@ -176,6 +176,12 @@ def test_weights_of_baselines_that_are_not_there_are_asked_for(tmp_path: Path) -
         load_subject(nowhere, CPU)
 
 
+@pytest.mark.parametrize(("wrong", "right"), [("sdvae", "sd-vae"), ("web", "webp")])
+def test_a_misspelt_subject_is_named_with_the_nearest(wrong: str, right: str) -> None:
+    with pytest.raises(ValueError, match=f"no subject '{wrong}'; did you mean {right}"):
+        load_subject(SubjectSpec(location=wrong), CPU)
+
+
 def test_our_models_are_reconstructed_with_the_options_of_the_spec(tiny_weights: Path) -> None:
     model = load_autoencoder(str(tiny_weights))
     sources = [image(64, 80), image(33, 47)]
@@ -216,7 +222,9 @@ def test_codecs_take_the_best_quality_that_fits(codec: Any, photograph: Tensor) 
         torch.testing.assert_close(
             reconstruct_with_codec(codec, bits_per_pixel)(photograph), expected
         )
-    assert len(compress(picture, codec, 1)) == size_at(1), "there is nothing smaller"
+    assert len(compress(picture, codec, size_at(1))) == size_at(1)
+    with pytest.raises(ValueError, match=f"at least {size_at(1)} bytes for 200 x 160 pixels, and"):
+        compress(picture, codec, size_at(1) - 1)
 
 
 def test_a_spec_names_itself_by_what_is_special() -> None:

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from pipelines.corpus import Manifest, read_samples
-from pipelines.decode import decode_rgb
+from pipelines.decode import decode_adm_square, decode_rgb
 from pipelines.ingest import PackedRow
 from pipelines.mixture import Corpus
 from pipelines.plan import SampleView
@@ -42,7 +42,10 @@ def pixels_of(rows: list[PackedRow]) -> list[tuple[str, torch.Tensor]]:
     ]
 
 
-@pytest.mark.parametrize("transform", [{"token_budget": 20}, {"longest_side": 70}, {"square": 48}])
+@pytest.mark.parametrize(
+    "transform",
+    [{"token_budget": 20}, {"longest_side": 70}, {"square": 48}, {"square": 48, "adm": True}],
+)
 def test_every_image_comes_once_as_the_transform_shows_it(
     source: Manifest, transform: dict[str, int]
 ) -> None:
@@ -67,6 +70,9 @@ def test_every_image_comes_once_as_the_transform_shows_it(
             if how.token_budget:
                 size = fit_to_budget(height, width, patch_size=PATCH, token_budget=20)
         expected = decode_rgb(data, crop=crop, size=size)
+        if how.adm:
+            assert not np.array_equal(expected, decode_adm_square(data, 48))
+            expected = decode_adm_square(data, 48)
         assert found[key].shape[1:] == size
         shown = ((found[key] + 1) * 127.5).round().to(torch.uint8).permute(1, 2, 0).numpy()
         np.testing.assert_array_equal(shown, expected)
@@ -103,6 +109,8 @@ def test_the_bound_on_tokens_holds_for_any_shape() -> None:
 def test_exactly_one_size_is_asked_for(sizes: dict[str, int]) -> None:
     with pytest.raises(ValueError, match="give one of them, at least 1"):
         Transform(**sizes)
+    with pytest.raises(ValueError, match="adm=True says how a square is made; give square"):
+        Transform(token_budget=5, adm=True)
 
 
 def test_a_square_that_patches_do_not_fill_is_refused() -> None:

@@ -1,8 +1,13 @@
 import math
+from itertools import pairwise
 
 import numpy as np
 import pytest
+import scipy.spatial
+import scipy.special
 import torch
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 
 from vitok.frechet import FeatureMoments, frechet_distance
@@ -25,22 +30,39 @@ def images(count: int, seed: int) -> list[Tensor]:
     return [torch.rand(3, 8, 8, generator=generator) * 2 - 1 for _ in range(count)]
 
 
-def plain_inception_score(probabilities: np.ndarray) -> float:
-    marginal = probabilities.mean(0)
-    divergences = [
-        sum(p * math.log(p / q) for p, q in zip(row, marginal, strict=True) if p > 0)
-        for row in probabilities
-    ]
-    return math.exp(sum(divergences) / len(divergences))
+def published_inception_scores(logits: np.ndarray, num_splits: int) -> list[float]:
+    """Follow improved-gan's model.py and torch-fidelity's metric_isc.py, without their shuffling.
+
+    Split i of N images begins at i N // splits; its score is exp of the mean divergence of the
+    images from their mean.
+    """
+    log_p = scipy.special.log_softmax(logits.astype(np.float64), axis=1)
+    bounds = [i * len(logits) // num_splits for i in range(num_splits + 1)]
+    scores = []
+    for start, stop in pairwise(bounds):
+        part = log_p[start:stop]
+        log_marginal = np.log(np.exp(part).mean(axis=0))
+        divergences = (np.exp(part) * (part - log_marginal)).sum(axis=1)
+        scores.append(math.exp(divergences.mean()))
+    return scores
 
 
-def test_inception_score_follows_its_definition_in_every_split() -> None:
-    probabilities = torch.randn(60, 7).mul(2).softmax(1)
-    probabilities[3] = torch.nn.functional.one_hot(torch.tensor(2), 7)  # zeros
-    mean, deviation = inception_score(probabilities, num_splits=4)
-    expected = [plain_inception_score(part) for part in probabilities.numpy().reshape(4, 15, 7)]
-    assert mean == pytest.approx(np.mean(expected), rel=1e-6)
-    assert deviation == pytest.approx(np.std(expected), rel=1e-5)
+@settings(max_examples=40, deadline=None)
+@given(
+    count=st.integers(4, 90),
+    classes=st.integers(2, 12),
+    num_splits=st.integers(1, 4),
+    seed=st.integers(0, 2**32 - 1),
+)
+def test_inception_score_is_that_of_the_published_formula(
+    count: int, classes: int, num_splits: int, seed: int
+) -> None:
+    logits = np.random.default_rng(seed).normal(scale=3, size=(count, classes))
+    expected = published_inception_scores(logits, num_splits)
+    probabilities = torch.from_numpy(logits).softmax(1)
+    mean, deviation = inception_score(probabilities, num_splits)
+    assert mean == pytest.approx(np.mean(expected), rel=1e-9)
+    assert deviation == pytest.approx(np.std(expected), rel=1e-6, abs=1e-9)
 
 
 def test_inception_score_is_1_for_one_answer_and_the_classes_for_all_of_them() -> None:
@@ -51,27 +73,37 @@ def test_inception_score_is_1_for_one_answer_and_the_classes_for_all_of_them() -
         inception_score(torch.eye(3))
 
 
-def plain_share_inside(points: np.ndarray, others: np.ndarray, k: int) -> float:
-    """Follow the definition point by point."""
-    inside = 0
-    for point in points:
-        for other in others:
-            radius = sorted(np.linalg.norm(others - other, axis=1))[k]
-            if np.linalg.norm(point - other) <= radius:
-                inside += 1
-                break
-    return inside / len(points)
+def published_share_inside(points: np.ndarray, others: np.ndarray, k: int) -> float:
+    """Follow improved-precision-and-recall-metric's precision_recall.py, StyleGAN2-ADA and others.
+
+    The radius of each of the others is the (k + 1)-th smallest of its distances to all of them, the
+    first of which is to itself; a point is inside that is no farther from one than its radius.
+    """
+    radii = np.sort(scipy.spatial.distance.cdist(others, others), axis=1)[:, k]
+    return (scipy.spatial.distance.cdist(points, others) <= radii).any(axis=1).mean()
 
 
-@pytest.mark.parametrize("k", [1, 3])
-def test_precision_and_recall_follow_their_definition(k: int) -> None:
-    generated, reference = torch.randn(40, 3) * 0.7 + 0.5, torch.randn(55, 3)
-    precision, recall = precision_recall(generated, reference, num_neighbours=k)
-    assert precision == plain_share_inside(generated.numpy(), reference.numpy(), k)
-    assert recall == plain_share_inside(reference.numpy(), generated.numpy(), k)
-    assert 0 < precision < 1
-    assert 0 < recall < 1
-    assert precision != recall
+@settings(max_examples=40, deadline=None)
+@given(
+    sizes=st.tuples(st.integers(6, 60), st.integers(6, 60)),
+    dim=st.integers(1, 8),
+    k=st.integers(1, 5),
+    seed=st.integers(0, 2**32 - 1),
+)
+@example(sizes=(40, 55), dim=3, k=3, seed=0)
+def test_precision_and_recall_are_those_of_the_published_neighbours(
+    sizes: tuple[int, int], dim: int, k: int, seed: int
+) -> None:
+    rng = np.random.default_rng(seed)
+    generated = rng.normal(loc=1.0, scale=0.7, size=(sizes[0], dim))
+    reference = rng.normal(size=(sizes[1], dim))
+    found = precision_recall(torch.from_numpy(generated), torch.from_numpy(reference), k)
+    assert found == (
+        published_share_inside(generated, reference, k),
+        published_share_inside(reference, generated, k),
+    )
+    if (sizes, dim, k, seed) == ((40, 55), 3, 3, 0):
+        assert 0 < found[1] < found[0] < 1
 
 
 def test_precision_and_recall_of_sets_that_are_equal_or_apart() -> None:
