@@ -127,7 +127,7 @@ def test_report_is_the_same_files_for_the_same_records_and_every_plot_shows_some
 ) -> None:
     written = write_report(recorded)
     names = written.names()
-    pictures = ["pareto.png", "progress.png", "quality.png", "scaling.png"]
+    pictures = ["pareto_psnr.png", "pareto_ssim.png", "progress.png", "quality.png", "scaling.png"]
     assert names == sorted([*pictures, "report.json", "report.md", "trials.csv"])
     before = {name: written.read_bytes(name) for name in names}
     for name in pictures:
