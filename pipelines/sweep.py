@@ -221,9 +221,9 @@ class _Recorder(tune.Callback):
     def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """Write that a trial begins, or goes on."""
         known = self._trials.trial(trial.trial_id)
-        record = self._trials.records.get(known.name)
-        if record is None or record.state == "failed":
-            record = replace(TrialRecord.of(known), starts=record.starts if record else 0)
+        record = TrialRecord.of(known)
+        if before := self._trials.records.get(known.name):
+            record = replace(record, starts=before.starts, reports=before.reports)
         self._write(replace(record, state="running", starts=record.starts + 1))
 
     def on_trial_result(

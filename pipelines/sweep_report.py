@@ -13,6 +13,7 @@ import numpy as np
 from pipelines.scaling import PowerLaw, fit_power_law, pareto_front
 from pipelines.sweep_config import SweepConfig
 from pipelines.sweep_records import TrialRecord, read_records, read_sweep
+from vitok.pretrained import EXPORT
 from vitok.storage import Folder
 
 REPORT_FOLDER = "report"
@@ -250,6 +251,7 @@ def to_markdown(study: Study, plots: list[str]) -> str:
     if study.best:
         best = next(record for record in study.records if record.name == study.best)
         lines[-1] += f" The best by {study.sweep.metric}: {best.name}."
+        lines += ["", f"Its weights: [{best.name}/{EXPORT}](../{best.name}/{EXPORT})."]
     lines += ["", "## Trials", "", *_trial_table(study), "", "## Fronts", ""]
     lines += ["Trials that no other beats in both, by rising cost.", ""]
     lines += [
@@ -289,11 +291,14 @@ def _law_lines(study: Study) -> list[str]:
     for entry in study.laws:
         law = entry.law
         exponent = "{:.3g} to {:.3g}".format(*law.exponent_interval)
-        constant = "{:.3g} to {:.3g}".format(*law.constant_interval)
+        constant = "{:.3g} ({:.3g} to {:.3g})".format(law.constant, *law.constant_interval)
+        has_constant = law.constant_interval[1] > 0
         lines.append(
             f"| {entry.series} | {entry.error} | {law.scale:.3g} | {law.exponent:.3g} ({exponent}) "
-            f"| {law.constant:.3g} ({constant}) | {law.reference:.3g} | {law.num_points} |"
+            f"| {constant if has_constant else '-'} | {law.reference:.3g} | {law.num_points} |"
         )
+    if any(entry.law.exponent_interval[0] <= 0 for entry in study.laws):
+        lines += ["", "Where the interval of b reaches 0, these trials show no gain from size."]
     return lines
 
 
