@@ -82,6 +82,10 @@ def _logarithmic(axes: Axes, values: Iterable[float]) -> None:
     axes.set_xticks([], minor=True)
 
 
+def _towards(quality: Measure) -> str:
+    return quality.label if quality.more_is_better else f"{quality.label}, less is better"
+
+
 def _legend(axes: Axes) -> None:
     if axes.get_legend_handles_labels()[1]:
         axes.legend(fontsize=7)
@@ -95,7 +99,7 @@ def _quality(axes: Axes, study: Study, quality: Measure) -> None:
         if known:
             axes.plot(*zip(*known, strict=True), "o-", color=colour, label=name, markersize=4)
     _logarithmic(axes, (r.decoder_parameters / 1e6 for r in study.done))
-    axes.set(xlabel="decoder parameters (M)", ylabel=quality.label)
+    axes.set(xlabel="decoder parameters (M)", ylabel=_towards(quality))
     _legend(axes)
 
 
@@ -117,7 +121,7 @@ def _front(axes: Axes, study: Study, front: Front) -> None:
     axes.plot(*zip(*sorted(on_front), strict=True), "k--", linewidth=1, label="front", zorder=0)
     known = (value_of(record, cost) for record in study.done)
     _logarithmic(axes, (x / cost.unit for x in known if x is not None))
-    axes.set(xlabel=cost.label, ylabel=quality.label)
+    axes.set(xlabel=cost.label, ylabel=_towards(quality))
     _legend(axes)
 
 

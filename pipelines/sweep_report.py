@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from pipelines.scaling import PowerLaw, fit_power_law, pareto_front
-from pipelines.sweep_config import SweepConfig
+from pipelines.sweep_config import EVALUATED, SweepConfig
 from pipelines.sweep_records import TrialRecord, read_records, read_sweep
 from vitok.pretrained import EXPORT
 from vitok.storage import Folder
@@ -275,7 +275,13 @@ def _trial_table(study: Study) -> list[str]:
         steps = f"{done}/{record.steps}"
         lines.append(f"| {record.name} | {record.state} | {' | '.join(cells)} | {steps} |")
     reasons = [f"- {r.name}, {r.state}: {r.reason}" for r in study.records if r.reason]
-    return lines + ([""] if reasons else []) + reasons
+    lines += ([""] if reasons else []) + reasons
+    if any(measure.field in EVALUATED for measure in shown):
+        note = (
+            "[The evaluation](../evaluation/report.md) says of how many images rFID and rFDD are."
+        )
+        lines += ["", note]
+    return lines
 
 
 def _law_lines(study: Study) -> list[str]:
@@ -298,7 +304,7 @@ def _law_lines(study: Study) -> list[str]:
             f"| {constant if has_constant else '-'} | {law.reference:.3g} | {law.num_points} |"
         )
     if any(entry.law.exponent_interval[0] <= 0 for entry in study.laws):
-        lines += ["", "Where the interval of b reaches 0, these trials show no gain from size."]
+        lines += ["", "Where the interval of b is not above 0, size has not helped."]
     return lines
 
 

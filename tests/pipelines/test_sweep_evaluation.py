@@ -143,7 +143,9 @@ def test_trial_that_cannot_be_evaluated_is_named_and_the_others_keep_their_figur
     records = read_records(sweep.folder)
     assert "eval_rfid" in records["seed_2"].results
     assert "eval_rfid" not in records["seed_1"].results
-    assert "rFID" in (sweep.folder.child("report").read_text("report.md") or "")
+    report = sweep.folder.child("report").read_text("report.md") or ""
+    assert "rFID" in report and "](../evaluation/report.md)" in report
+    assert Path(sweep.folder.uri, "evaluation", "report.md").is_file()
 
 
 def test_what_an_evaluation_needs_is_missed_before_a_sweep_begins(

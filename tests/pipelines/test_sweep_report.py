@@ -83,6 +83,7 @@ def test_table_has_a_row_for_every_trial_the_best_first_and_reasons_for_the_othe
     assert text is not None
     states = "1 diverged, 1 failed, 8 finished, 1 out of memory, 1 running, 1 stopped"
     assert f"13 trials: {states}." in text
+    assert f"](../{study.best}/export)" in text
     for record in study.records:
         assert f"| {record.name} | {record.state} |" in text
         if record.reason:
