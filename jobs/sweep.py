@@ -87,6 +87,8 @@ def format_costs(sweep: SweepConfig, costs: list[TrialCost]) -> str:
     )
     if sweep.scheduler == "asha":
         lines.append("asha will stop some of them early.")
+    if sweep.is_evaluated:
+        lines.append("Finished trials are evaluated at the end, which is not counted.")
     return "\n".join(lines)
 
 

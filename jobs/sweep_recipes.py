@@ -1,6 +1,7 @@
 """Recipes of sweeps: functions that return a complete study.
 
 A study's trials derive from a training recipe; every field of it can be set as `--base.FIELD`.
+With `--evaluation.networks.inception` and `.dino` finished trials get an rFID and an rFDD.
 Models and published figures are those of arXiv 2605.05331 (ViTok-v2) and 2501.09755 (ViTok v1).
 None of the studies for GPUs has been run by us.
 """
@@ -9,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from jobs.recipes import H200_FLOPS, TRAINING
+from pipelines.evaluation_config import EvaluationConfig
 from pipelines.plan import Stage
 from pipelines.sweep_config import Axis, SweepConfig
 from pipelines.train_autoencoder import AutoencoderTraining
@@ -17,6 +19,7 @@ SweepRecipe = Callable[[], SweepConfig]
 
 _H200_GB = 141.0
 _QUICKSTART_FLOPS = 0.1e12  # of half of two shared cores, roughly
+_EVALUATION_256P = EvaluationConfig(square=(256,), num_workers=8, cpus_per_worker=4.0)
 
 
 def quickstart() -> SweepConfig:
@@ -39,6 +42,7 @@ def quickstart() -> SweepConfig:
         base=replace(base, model=model, stages=stages, run=run),
         points=tuple(points),
         worker_flops=_QUICKSTART_FLOPS,
+        evaluation=EvaluationConfig(token_budget=(64,), num_workers=0, use_gpu=False),
     )
 
 
@@ -58,6 +62,7 @@ def decoder_scale() -> SweepConfig:
         worker_memory_gb=_H200_GB,
         max_hours=30.0,
         worker_flops=H200_FLOPS,
+        evaluation=_EVALUATION_256P,
     )
 
 
@@ -81,6 +86,7 @@ def patch_channels() -> SweepConfig:
         points=tuple(points),
         worker_memory_gb=_H200_GB,
         worker_flops=H200_FLOPS,
+        evaluation=_EVALUATION_256P,
     )
 
 
@@ -92,7 +98,7 @@ def loss_ablation() -> SweepConfig:
     0.72, 2.93, .923; DINO 250 0.51, 1.45, .919; DINO 1000 0.30, 1.12, .914; LPIPS and DINO 0.38,
     1.35, .918. Hardware: 8 H200.
 
-    Set base.loss.dino_weights and base.loss.lpips_weights.
+    Set base.loss.dino_weights, base.loss.lpips_weights, and the networks of the evaluation.
     """
     terms = (
         "loss.ssim=0 loss.dino=0",
@@ -112,6 +118,7 @@ def loss_ablation() -> SweepConfig:
         points=terms,
         worker_memory_gb=_H200_GB,
         worker_flops=H200_FLOPS,
+        evaluation=_EVALUATION_256P,
     )
 
 
@@ -129,6 +136,7 @@ def regularisers() -> SweepConfig:
         ),
         worker_memory_gb=_H200_GB,
         worker_flops=H200_FLOPS,
+        evaluation=_EVALUATION_256P,
     )
 
 
@@ -153,6 +161,7 @@ def learning_rate() -> SweepConfig:
         scheduler="asha",
         worker_memory_gb=_H200_GB,
         worker_flops=H200_FLOPS,
+        evaluation=_EVALUATION_256P,
     )
 
 

@@ -18,7 +18,7 @@ from pipelines.evaluation_worker import OK
 from pipelines.published import PUBLISHED, PublishedFigures
 from pipelines.reconstruction import sheet_of
 from pipelines.runs import next_step
-from pipelines.tracking import run_around, run_tracker
+from pipelines.tracking import Tracker, run_around, run_tracker
 from vitok.checkpoint import PROGRESS_FILE
 from vitok.config import to_dict
 from vitok.storage import Folder
@@ -74,11 +74,16 @@ def log_to_runs(settings: EvaluationConfig, result: EvaluationResult, out: Path)
             if (value := getattr(score, name)) is not None
         }
         tracker.log_metrics(metrics, _step_of(Folder.of(spec.location), run))
-        for name in (RESULTS, IMAGES, SAMPLES, REPORT, PICTURE, "plots", "pictures"):
-            if (out / name).exists():
-                below = "" if (out / name).is_file() else f"/{name}"
-                tracker.log_files(out / name, place + below)
+        log_results(tracker, out, place)
         tracker.close()
+
+
+def log_results(tracker: Tracker, out: Path, place: str) -> None:
+    """Add the files of an evaluation to an MLflow run, as artifacts below a place."""
+    for name in (RESULTS, IMAGES, SAMPLES, REPORT, PICTURE, "plots", "pictures"):
+        if (out / name).exists():
+            below = "" if (out / name).is_file() else f"/{name}"
+            tracker.log_files(out / name, place + below)
 
 
 def markdown(settings: EvaluationConfig, result: EvaluationResult) -> str:

@@ -20,6 +20,8 @@ from tqdm import tqdm
 
 from pipelines.failures import Preempted, root_cause
 from pipelines.sweep_config import SweepConfig, rungs_of, trials_of
+from pipelines.sweep_evaluation import evaluate_trials, located_evaluation
+from pipelines.sweep_mlflow import log_report, result_metrics
 from pipelines.sweep_records import (
     ENDED,
     Report,
@@ -29,7 +31,7 @@ from pipelines.sweep_records import (
     read_records,
     write_record,
 )
-from pipelines.sweep_report import log_report, result_metrics, write_report
+from pipelines.sweep_report import write_report
 from pipelines.sweep_search import Trials, draws_of
 from pipelines.sweep_trial import LATENCY, REASON, RESULTS, STATE, run_trial
 from pipelines.tracking import Tracker, open_run, tracker_of, tracking_uri
@@ -46,7 +48,8 @@ def run_sweep(sweep: SweepConfig) -> list[TrialRecord]:
         the records of all its trials.
 
     Raises:
-        RuntimeError: a trial does not fit on the cluster; no trial came to its end.
+        RuntimeError: a trial does not fit on the cluster; no trial came to its end; finished ones
+            could not be evaluated.
     """
     tracking = sweep.base.run.tracking
     storage = sweep.base.run.storage
@@ -56,8 +59,18 @@ def run_sweep(sweep: SweepConfig) -> list[TrialRecord]:
         left = Trials(sweep, child)
         if left.total:
             _tune(sweep, left)
+        failed: dict[str, str] = {}
+        if sweep.is_evaluated:
+            write_report(sweep.folder)  # an evaluation may take hours
+            failed = evaluate_trials(sweep, tracker)
         write_report(sweep.folder)
         log_report(sweep.folder, tracker)
+        if failed:
+            listed = "; ".join(f"{name}: {why}" for name, why in failed.items())
+            raise RuntimeError(
+                f"trials of the sweep {sweep.name} could not be evaluated, start it again to try "
+                f"once more: {listed}"
+            )
     records = list(read_records(sweep.folder).values())
     if not any(record.state in ("finished", "stopped") for record in records):
         reasons = "; ".join(f"{record.name}: {record.reason}" for record in records)
@@ -73,9 +86,11 @@ def prepare_sweep(sweep: SweepConfig) -> SweepConfig:
 
     Raises:
         ImportError: optuna is asked for, and not installed.
-        FileNotFoundError, ValueError: as for a training; two trials are the same.
+        FileNotFoundError, ValueError: as for a training; two trials are the same; what an
+            evaluation needs is not there.
     """
     sweep = replace(sweep, base=located(sweep.base))
+    sweep = replace(sweep, evaluation=located_evaluation(sweep))
     tracking_uri(sweep.base.run.tracking, sweep.base.run.storage)
     draws_of(sweep, [])
     trials = trials_of(sweep)
@@ -206,9 +221,9 @@ class _Recorder(tune.Callback):
     def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """Write that a trial begins, or goes on."""
         known = self._trials.trial(trial.trial_id)
-        record = self._trials.records.get(known.name)
-        if record is None or record.state == "failed":
-            record = replace(TrialRecord.of(known), starts=record.starts if record else 0)
+        record = TrialRecord.of(known)
+        if before := self._trials.records.get(known.name):
+            record = replace(record, starts=before.starts, reports=before.reports)
         self._write(replace(record, state="running", starts=record.starts + 1))
 
     def on_trial_result(

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from pipelines.costs import memory_of, work_of
+from pipelines.evaluation_config import EvaluationConfig
 from pipelines.train_autoencoder import AutoencoderTraining
 from vitok.config import config, flatten, parse_config, require_choice, to_dict
 from vitok.storage import Folder
@@ -30,6 +31,20 @@ _NAMED_BY_MODEL = (
 _MAX_NAME = 100
 _MEMORY_SHARE = 0.9  # the plan of a worker's memory does not count everything
 _DIGITS = 4  # of a number that is drawn: its text is its value
+# What an evaluation adds to the metrics of a training, and the network that it takes.
+EVALUATED = {"eval_rfid": "inception", "eval_rfdd": "dino"}
+# Fields of an evaluation that no figure depends on, or that a sweep sets itself.
+_FREE_OF_EVALUATION = (
+    "subjects",
+    "out",
+    "timeout_s",
+    "num_workers",
+    "cpus_per_worker",
+    "use_gpu",
+    "num_pictures",
+    "benchmark",
+    "json",
+)
 
 
 @config
@@ -92,6 +107,10 @@ class SweepConfig:
         max_workers: that a trial may take so.
         worker_flops: operations that a worker does in a second, to estimate hours.
         latency: measure the time of reconstructing an image of 256 x 256 at the end of a trial.
+        evaluation: of the finished trials, when all have ended, as `vitok evaluate` does it; off
+            without networks. Its subjects are the trials; without data it takes the held-out
+            images of the base. rFID and rFDD come into the report, everything into its folder
+            `evaluation`.
         dry_run: print what it would take, and start nothing.
     """
 
@@ -115,6 +134,7 @@ class SweepConfig:
     max_workers: int = 64
     worker_flops: float = 1e14
     latency: bool = True
+    evaluation: EvaluationConfig = EvaluationConfig(square=(256,))
     dry_run: bool = False
 
     def __post_init__(self) -> None:
@@ -158,6 +178,43 @@ class SweepConfig:
                 f"must be a multiple of base.run.evaluate_every={run.evaluate_every}, or "
                 f"{self.metric} is not known there"
             )
+        self._check_evaluation()
+
+    def _check_evaluation(self) -> None:
+        evaluation = self.evaluation
+        if evaluation.subjects:
+            raise ValueError(
+                f"evaluation.subjects={evaluation.subjects} must be empty: they are the trials; "
+                "others are for `vitok evaluate`"
+            )
+        resolutions = [transform.name for transform in evaluation.transforms()]
+        if len(resolutions) > 1:
+            raise ValueError(
+                f"evaluation has the resolutions {', '.join(resolutions)}; trials are compared at "
+                "one: empty the others, as in --evaluation.square"
+            )
+        if self.is_evaluated and not (evaluation.data or self.base.data.eval_manifest):
+            raise ValueError(
+                "evaluation has networks and no images; set evaluation.data or "
+                "base.data.eval_manifest"
+            )
+        if network := EVALUATED.get(self.metric):
+            if not getattr(evaluation.networks, network):
+                raise ValueError(
+                    f"metric={self.metric!r} comes from an evaluation; set "
+                    f"evaluation.networks.{network}"
+                )
+            if self.scheduler == "asha" or self.search == "optuna":
+                raise ValueError(
+                    f"metric={self.metric!r} is not known before all trials have ended: asha and "
+                    "optuna cannot go by it; take eval_psnr, or grid and random search"
+                )
+
+    @property
+    def is_evaluated(self) -> bool:
+        """Whether finished trials are evaluated."""
+        networks = self.evaluation.networks
+        return bool(networks.inception or networks.dino)
 
     @property
     def folder(self) -> Folder:
@@ -331,14 +388,17 @@ def _set(fields: dict[str, Any], name: str, text: str) -> None:
     node[key] = json.loads(text) if isinstance(before, list) else text
 
 
-def same_study(before: SweepConfig, after: SweepConfig) -> list[str]:
-    """List what makes trials of two configs of a sweep incomparable, as `name: old -> new`."""
+def same_study(before: SweepConfig, after: SweepConfig, *, is_evaluated: bool = False) -> list[str]:
+    """List what makes trials of two configs of a sweep incomparable, as `name: old -> new`.
+
+    Args:
+        is_evaluated: there are figures of an evaluation, which others have to be compared with.
+    """
     old, new = flatten(before), flatten(after)
-    fixed = ("base.", "metric", "mode", "progress")
+    fixed = ("base.", "metric", "mode", "progress", *(("evaluation.",) if is_evaluated else ()))
+    free = ("base.run.", *(f"evaluation.{name}" for name in _FREE_OF_EVALUATION))
     return [
         f"{name}: {old.get(name)!r} -> {new.get(name)!r}"
         for name in sorted(old.keys() | new.keys())
-        if name.startswith(fixed)
-        and not name.startswith("base.run.")
-        and old.get(name) != new.get(name)
+        if name.startswith(fixed) and not name.startswith(free) and old.get(name) != new.get(name)
     ]

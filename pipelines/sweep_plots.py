@@ -8,7 +8,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from pipelines.sweep_records import TrialRecord
-from pipelines.sweep_report import Measure, Study, error_of, series_of, value_of
+from pipelines.sweep_report import Front, Measure, Study, error_of, series_of, value_of
 
 _PANEL = (5.5, 4.0)  # inches
 _DPI = 110
@@ -20,9 +20,9 @@ def draw_plots(study: Study) -> dict[str, bytes]:
     """Return the plots that the finished trials have something to show on, by file name.
 
     `quality.png` shows the quality by decoder size, a line for each compression ratio and encoder
-    depth: the study of Figure 2 of arXiv 2605.05331. `pareto.png` shows the quality against
-    every cost, with the trials that nothing beats. `scaling.png` has the fitted laws,
-    `progress.png` the trials on their way.
+    depth: the study of Figure 2 of arXiv 2605.05331. `pareto_psnr.png`, and so on for every
+    quality, shows it against every cost, with the trials that nothing beats. `scaling.png` has the
+    fitted laws, `progress.png` the trials on their way.
     """
     plots: dict[str, bytes] = {}
     qualities = study.qualities or [study.metric]
@@ -31,12 +31,10 @@ def draw_plots(study: Study) -> dict[str, bytes]:
         plots["quality.png"] = _draw(
             [lambda axes, q=q: _quality(axes, study, q) for q in known]  # type: ignore[misc]
         )
-        fronts = [front for front in study.fronts if front.quality == known[0]]
-        plots["pareto.png"] = _draw(
-            [
-                lambda axes, f=f: _front(axes, study, known[0], f.cost, f.trials)  # type: ignore[misc]
-                for f in fronts
-            ]
+    for quality in known:
+        fronts = [front for front in study.fronts if front.quality == quality]
+        plots[f"pareto_{quality.field.removeprefix('eval_')}.png"] = _draw(
+            [lambda axes, f=f: _front(axes, study, f) for f in fronts]  # type: ignore[misc]
         )
     if study.laws:
         shown = list(dict.fromkeys(law.quality for law in study.laws))
@@ -84,6 +82,10 @@ def _logarithmic(axes: Axes, values: Iterable[float]) -> None:
     axes.set_xticks([], minor=True)
 
 
+def _towards(quality: Measure) -> str:
+    return quality.label if quality.more_is_better else f"{quality.label}, less is better"
+
+
 def _legend(axes: Axes) -> None:
     if axes.get_legend_handles_labels()[1]:
         axes.legend(fontsize=7)
@@ -97,11 +99,12 @@ def _quality(axes: Axes, study: Study, quality: Measure) -> None:
         if known:
             axes.plot(*zip(*known, strict=True), "o-", color=colour, label=name, markersize=4)
     _logarithmic(axes, (r.decoder_parameters / 1e6 for r in study.done))
-    axes.set(xlabel="decoder parameters (M)", ylabel=quality.label)
+    axes.set(xlabel="decoder parameters (M)", ylabel=_towards(quality))
     _legend(axes)
 
 
-def _front(axes: Axes, study: Study, quality: Measure, cost: Measure, front: list[str]) -> None:
+def _front(axes: Axes, study: Study, front: Front) -> None:
+    quality, cost = front.quality, front.cost
     on_front: list[tuple[float, float]] = []
     labelled: set[str] = set()
     colours = _series(study)
@@ -113,12 +116,12 @@ def _front(axes: Axes, study: Study, quality: Measure, cost: Measure, front: lis
         label = "" if name in labelled else name
         labelled.add(name)
         axes.plot(x / cost.unit, y, "o", color=colours[name], label=label, markersize=5)
-        if record.name in front:
+        if record.name in front.trials:
             on_front.append((x / cost.unit, y))
     axes.plot(*zip(*sorted(on_front), strict=True), "k--", linewidth=1, label="front", zorder=0)
     known = (value_of(record, cost) for record in study.done)
     _logarithmic(axes, (x / cost.unit for x in known if x is not None))
-    axes.set(xlabel=cost.label, ylabel=quality.label)
+    axes.set(xlabel=cost.label, ylabel=_towards(quality))
     _legend(axes)
 
 

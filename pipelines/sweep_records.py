@@ -8,7 +8,7 @@ from typing import Any, Literal
 import torch
 
 from pipelines.costs import work_of
-from pipelines.sweep_config import SweepConfig, Trial, same_study
+from pipelines.sweep_config import EVALUATED, SweepConfig, Trial, same_study
 from vitok.autoencoder import Autoencoder
 from vitok.config import config, parse_json, to_dict
 from vitok.patches import num_tokens
@@ -55,7 +55,7 @@ class TrialRecord:
         flops_256p: operations of reconstructing an image of 256 x 256.
         latency_ms: median time of that on one worker; None where it was not measured.
         reports: at its checkpoints.
-        results: metrics at its end.
+        results: metrics at its end; eval_rfid and eval_rfdd once it is evaluated.
         mlflow_run: its id; empty where it has none yet.
     """
 
@@ -135,8 +135,9 @@ def claim_sweep(sweep: SweepConfig) -> None:
     Raises:
         ValueError: the sweep of this name compares something else; the differences are listed.
     """
-    if sweep.folder.exists(SWEEP_FILE) and read_records(sweep.folder):
-        differences = same_study(read_sweep(sweep.folder), sweep)
+    if sweep.folder.exists(SWEEP_FILE) and (records := read_records(sweep.folder)):
+        is_evaluated = any(EVALUATED.keys() & record.results for record in records.values())
+        differences = same_study(read_sweep(sweep.folder), sweep, is_evaluated=is_evaluated)
         if differences:
             raise ValueError(
                 f"the sweep {sweep.name!r} in {sweep.folder.uri} compares something else "

@@ -3,27 +3,20 @@
 import csv
 import io
 import json
-import logging
 import math
-import os
-import tempfile
 from collections import Counter
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from pipelines.runs import CONFIG_FILE
 from pipelines.scaling import PowerLaw, fit_power_law, pareto_front
-from pipelines.sweep_config import SweepConfig
+from pipelines.sweep_config import EVALUATED, SweepConfig
 from pipelines.sweep_records import TrialRecord, read_records, read_sweep
-from pipelines.tracking import Tracker
+from vitok.pretrained import EXPORT
 from vitok.storage import Folder
 
 REPORT_FOLDER = "report"
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -96,6 +89,13 @@ class Study:
     def done(self) -> list[TrialRecord]:
         """The trials that are finished."""
         return [record for record in self.records if record.state == "finished"]
+
+    @property
+    def leaders(self) -> list[TrialRecord]:
+        """The best trial, and those on the front of its quality against decoder parameters."""
+        fronts = [front.trials for front in self.fronts if front.cost is COSTS[0]]
+        names = dict.fromkeys([self.best, *(fronts[0] if fronts else [])])
+        return [record for name in names for record in self.done if record.name == name]
 
     @property
     def metric(self) -> Measure:
@@ -251,6 +251,7 @@ def to_markdown(study: Study, plots: list[str]) -> str:
     if study.best:
         best = next(record for record in study.records if record.name == study.best)
         lines[-1] += f" The best by {study.sweep.metric}: {best.name}."
+        lines += ["", f"Its weights: [{best.name}/{EXPORT}](../{best.name}/{EXPORT})."]
     lines += ["", "## Trials", "", *_trial_table(study), "", "## Fronts", ""]
     lines += ["Trials that no other beats in both, by rising cost.", ""]
     lines += [
@@ -274,7 +275,13 @@ def _trial_table(study: Study) -> list[str]:
         steps = f"{done}/{record.steps}"
         lines.append(f"| {record.name} | {record.state} | {' | '.join(cells)} | {steps} |")
     reasons = [f"- {r.name}, {r.state}: {r.reason}" for r in study.records if r.reason]
-    return lines + ([""] if reasons else []) + reasons
+    lines += ([""] if reasons else []) + reasons
+    if any(measure.field in EVALUATED for measure in shown):
+        note = (
+            "[The evaluation](../evaluation/report.md) says of how many images rFID and rFDD are."
+        )
+        lines += ["", note]
+    return lines
 
 
 def _law_lines(study: Study) -> list[str]:
@@ -290,11 +297,14 @@ def _law_lines(study: Study) -> list[str]:
     for entry in study.laws:
         law = entry.law
         exponent = "{:.3g} to {:.3g}".format(*law.exponent_interval)
-        constant = "{:.3g} to {:.3g}".format(*law.constant_interval)
+        constant = "{:.3g} ({:.3g} to {:.3g})".format(law.constant, *law.constant_interval)
+        has_constant = law.constant_interval[1] > 0
         lines.append(
             f"| {entry.series} | {entry.error} | {law.scale:.3g} | {law.exponent:.3g} ({exponent}) "
-            f"| {law.constant:.3g} ({constant}) | {law.reference:.3g} | {law.num_points} |"
+            f"| {constant if has_constant else '-'} | {law.reference:.3g} | {law.num_points} |"
         )
+    if any(entry.law.exponent_interval[0] <= 0 for entry in study.laws):
+        lines += ["", "Where the interval of b is not above 0, size has not helped."]
     return lines
 
 
@@ -315,53 +325,3 @@ def write_report(folder: Folder) -> Folder:
     report.write_text("report.json", json.dumps(to_json(study), indent=1) + "\n")
     report.write_text("report.md", to_markdown(study, list(plots)))
     return report
-
-
-def result_metrics(record: TrialRecord) -> dict[str, float]:
-    """Return what a trial's MLflow run has beyond its training's own metrics."""
-    values = {cost.field: value_of(record, cost) for cost in COSTS}
-    values |= {"training_flops": record.training_flops}
-    values |= {"encoder_parameters": float(record.encoder_parameters)}
-    values |= {f"final_{q.field}": record.latest.get(q.field) for q in QUALITIES}
-    return {name: value for name, value in values.items() if value is not None}
-
-
-def log_report(folder: Folder, tracker: Tracker) -> None:
-    """Add a written report, and what the best trials left, to the sweep's MLflow run."""
-    study = study_of(folder)
-    with tempfile.TemporaryDirectory() as scratch:
-        tracker.log_files(folder.child(REPORT_FOLDER).download(Path(scratch)), REPORT_FOLDER)
-    finished = {record.name: record for record in study.done}
-    if not study.best:
-        return
-    front = next(f for f in study.fronts if f.cost.field == "decoder_parameters")
-    for name in dict.fromkeys([study.best, *front.trials]):
-        _log_best(folder.child(name), finished[name], tracker)
-    best = finished[study.best]
-    tracker.set_tags({"best_trial": best.name, "best_run": best.mlflow_run})
-    if tracker.last_step(f"best_{study.sweep.metric}") < len(study.done):
-        score = best.results[study.sweep.metric]
-        tracker.log_metrics({f"best_{study.sweep.metric}": score}, len(study.done))
-
-
-def _log_best(run: Folder, record: TrialRecord, tracker: Tracker) -> None:
-    """Copy a trial's config and its last picture to the sweep's MLflow run."""
-    from mlflow.exceptions import MlflowException
-    from mlflow.tracking import MlflowClient
-
-    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
-    place = f"best/{record.name}"
-    with tempfile.TemporaryDirectory() as scratch:
-        config = Path(scratch) / CONFIG_FILE
-        config.write_bytes(run.read_bytes(CONFIG_FILE))
-        tracker.log_files(config, place)
-        try:
-            client = MlflowClient(tracker.uri)
-            files = [file.path for file in client.list_artifacts(record.mlflow_run, "images")]
-            pictures = [path for path in files if path.endswith(".png")]
-            if pictures:
-                newest = max(pictures, key=lambda path: int(path.split("+")[2]))
-                picture = Path(client.download_artifacts(record.mlflow_run, newest, scratch))
-                tracker.log_files(picture.rename(Path(scratch) / "reconstructions.png"), place)
-        except (MlflowException, OSError) as error:
-            logger.warning("the pictures of %s are not in the sweep's run: %s", record.name, error)

@@ -1,14 +1,19 @@
 """One trial of a sweep: a training in a process that Ray Tune started."""
 
 import statistics
+import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
 import ray
+import ray.train
 import torch
+from ray import tune
 from ray.data import DataContext
-from ray.tune.integration.ray_train import TuneReportCallback
+from ray.util.queue import Queue
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from pipelines.costs import work_of
@@ -44,7 +49,8 @@ def run_trial(
     latency_ms = None
     try:
         settings = prepare(replace(trial.settings, run=run))
-        export = run_training(settings, [_Reports(settings)])
+        with _told_to_tune() as reports:
+            export = run_training(settings, [_Reports(settings, reports)])
         if sweep.latency:
             latency_ms = _latency_of(settings, export)
     except Diverged as error:
@@ -58,15 +64,38 @@ def run_trial(
     return {STATE: state, REASON: reason, LATENCY: latency_ms, RESULTS: results}
 
 
-class _Reports(TuneReportCallback):
-    """Tells Ray Tune of a trial's checkpoints; of its last one the trial itself tells.
+@contextmanager
+def _told_to_tune() -> Iterator[Queue]:
+    """Give a queue for reports; Ray Tune has been told of all of them when the block is left.
+
+    Not by Ray's own TuneReportCallback: the main thread of a trial's process hands its reports on,
+    and waits for ever where the trial ends at that moment, for the place that its result has taken.
+    """
+    reports = Queue(actor_options={"num_cpus": 0})
+
+    def tell() -> None:
+        while (report := reports.get()) is not None:
+            tune.report(report)
+
+    # Where asha stops the trial, `tune.report` ends this thread, and Ray Tune soon the process.
+    thread = threading.Thread(target=tell, daemon=True)
+    thread.start()
+    try:
+        yield reports
+    finally:
+        reports.put(None)
+        thread.join()
+
+
+class _Reports(ray.train.UserCallback):
+    """Tells of a trial's checkpoints; of its last one the trial itself tells.
 
     A trial that has come to its end must not be stopped before its weights are exported.
     """
 
-    def __init__(self, settings: AutoencoderTraining) -> None:
-        super().__init__()
+    def __init__(self, settings: AutoencoderTraining, reports: Queue) -> None:
         self._settings = settings
+        self._reports = reports
         self._num_steps = sum(stage.steps for stage in settings.stages)
 
     def after_report(
@@ -78,7 +107,7 @@ class _Reports(TuneReportCallback):
             work = work_of(self._settings, step)
             numbers = finite(metrics[0])
             report = numbers | {"step": step, "images": work.images, "flops": work.flops}
-            super().after_report(run_context, [report | {"metrics": numbers}], None)
+            self._reports.put(report | {"metrics": numbers})
 
 
 def _latency_of(settings: AutoencoderTraining, export: Folder) -> float:

@@ -9,9 +9,9 @@ from ray.tune.schedulers import ASHAScheduler
 
 from pipelines.costs import work_of
 from pipelines.failures import is_out_of_memory
-from pipelines.sweep import _scheduler
+from pipelines.sweep import _Recorder, _scheduler
 from pipelines.sweep_config import Axis, SweepConfig, rungs_of, trials_of
-from pipelines.sweep_records import Report, TrialRecord, write_record
+from pipelines.sweep_records import Report, TrialRecord, read_records, write_record
 from pipelines.sweep_search import Trials
 from pipelines.tracking import TrackingConfig
 from pipelines.train_autoencoder import AutoencoderTraining
@@ -91,6 +91,21 @@ def test_asha_compares_trials_at_equal_work_also_with_those_of_an_earlier_start(
     assert decision(0.6, 21.5) == "CONTINUE"
     first, end = rungs_of(sweep, trials)
     assert 0 < first < end < total
+
+
+def test_trial_that_failed_keeps_what_it_had_reported_when_it_goes_on(
+    tiny_training: AutoencoderTraining, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 7.0})
+    sweep = SweepConfig(name="study", base=tiny_training, points=("seed=1",))
+    report = Report(step=2, images=20, flops=1e9, metrics={"eval_psnr": 20.0})
+    before = replace(TrialRecord.of(trials_of(sweep)[0]), starts=1, reports=(report,))
+    write_record(sweep.folder, replace(before, state="failed", reason="its node was lost"))
+    trials = Trials(sweep, TrackingConfig())
+    assert trials.suggest("a") == {"trial": "seed_1", "values": {"seed": "1"}}
+    _Recorder(trials).on_trial_start(0, [], SimpleNamespace(trial_id="a"))
+    (after,) = read_records(sweep.folder).values()
+    assert after == replace(before, state="running", starts=2)
 
 
 def test_out_of_memory_is_recognised_in_what_ray_wraps_around_it() -> None:

@@ -6,6 +6,8 @@ from pathlib import Path
 import pytest
 
 from pipelines.costs import memory_of, work_of
+from pipelines.evaluation_config import EvaluationConfig
+from pipelines.evaluation_worker import ExtractorConfig
 from pipelines.plan import DataConfig, Stage
 from pipelines.runs import RunConfig
 from pipelines.sweep_config import Axis, SweepConfig, make_trial, same_study, trial_name, trials_of
@@ -24,6 +26,7 @@ BASE = AutoencoderTraining(
     ),
     run=RunConfig(name="base", storage="/runs"),
 )
+JUDGED = EvaluationConfig(square=(256,), networks=ExtractorConfig(inception="/inception.pt"))
 
 
 def sweep(**changes: object) -> SweepConfig:
@@ -136,6 +139,22 @@ def test_larger_trials_take_the_workers_that_their_memory_and_time_ask_for() -> 
         ({"axes": (Axis(field="optim.lr", low=1, high=2),)}, "optim.lr has a range"),
         ({"name": "a/b"}, "must be a plain name"),
         ({"scheduler": "asha"}, "base.run.checkpoint_every=1000 must be a multiple"),
+        (
+            {"evaluation": replace(JUDGED, subjects=("jpeg",))},
+            "subjects=.* must be empty: they are",
+        ),
+        ({"evaluation": replace(JUDGED, longest_side=(512,))}, "square 256, longest side 512; tri"),
+        ({"evaluation": JUDGED}, "has networks and no images; set evaluation.data or"),
+        ({"metric": "eval_rfid"}, "comes from an evaluation; set evaluation.networks.inception"),
+        (
+            {
+                "metric": "eval_rfid",
+                "evaluation": replace(JUDGED, data="/held-out"),
+                "search": "optuna",
+                "num_trials": 2,
+            },
+            "is not known before all trials have ended",
+        ),
         ({"axes": (), "points": ("lr",)}, "'lr' is no FIELD=VALUE"),
         ({"axes": (), "points": ("optim.lrr=1",)}, "no field 'optim.lrr'; did you mean optim.lr?"),
         ({"axes": (), "points": ("optim=1",)}, "'optim' is a group of fields; name one of algori"),
@@ -180,7 +199,7 @@ def test_sweep_may_grow_but_not_compare_something_else(tmp_path: Path) -> None:
     claim_sweep(study)
     assert read_sweep(study.folder) == study
     assert parse_json(SweepConfig, json.dumps(to_dict(study)), "text") == study
-    claim_sweep(replace(study, metric="loss")), "nothing has begun"
+    claim_sweep(replace(study, metric="loss"))  # nothing has begun
     claim_sweep(study)
     write_record(study.folder, TrialRecord.of(trials_of(study)[0]))
     grown = replace(study, axes=(Axis(field="optim.lr", values=("1e-3", "1e-4")),))
@@ -189,6 +208,21 @@ def test_sweep_may_grow_but_not_compare_something_else(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="compares something else .*base.seed: 0 -> 3"):
         claim_sweep(replace(grown, base=replace(base, seed=3)))
     assert same_study(study, replace(study, mode="min")) == ["mode: 'max' -> 'min'"]
+
+
+def test_figures_of_an_evaluation_are_not_mixed_with_those_of_another(tmp_path: Path) -> None:
+    judged = replace(JUDGED, data="/held-out")
+    base = replace(BASE, run=replace(BASE.run, storage=str(tmp_path)))
+    study = sweep(base=base, evaluation=judged)
+    record = replace(TrialRecord.of(trials_of(study)[0]), state="finished")
+    claim_sweep(study)
+    write_record(study.folder, record)
+    larger = replace(study, evaluation=replace(judged, square=(512,)))
+    claim_sweep(larger)  # nothing has been evaluated
+    write_record(study.folder, replace(record, results={"eval_rfid": 1.0}))
+    claim_sweep(replace(larger, evaluation=replace(larger.evaluation, num_workers=4)))
+    with pytest.raises(ValueError, match=r"evaluation\.square: \[512\] -> \[256\]"):
+        claim_sweep(study)
 
 
 def test_record_counts_a_trial_and_survives_writing(tmp_path: Path) -> None:

@@ -83,6 +83,7 @@ def test_table_has_a_row_for_every_trial_the_best_first_and_reasons_for_the_othe
     assert text is not None
     states = "1 diverged, 1 failed, 8 finished, 1 out of memory, 1 running, 1 stopped"
     assert f"13 trials: {states}." in text
+    assert f"](../{study.best}/export)" in text
     for record in study.records:
         assert f"| {record.name} | {record.state} |" in text
         if record.reason:
@@ -127,7 +128,7 @@ def test_report_is_the_same_files_for_the_same_records_and_every_plot_shows_some
 ) -> None:
     written = write_report(recorded)
     names = written.names()
-    pictures = ["pareto.png", "progress.png", "quality.png", "scaling.png"]
+    pictures = ["pareto_psnr.png", "pareto_ssim.png", "progress.png", "quality.png", "scaling.png"]
     assert names == sorted([*pictures, "report.json", "report.md", "trials.csv"])
     before = {name: written.read_bytes(name) for name in names}
     for name in pictures:

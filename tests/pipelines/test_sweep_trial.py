@@ -1,3 +1,4 @@
+import queue
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
@@ -17,9 +18,8 @@ from pipelines.train_autoencoder import AutoencoderTraining
 def reported(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
     """What is told to Ray Tune, which is not there."""
     told: list[dict[str, Any]] = []
-    base = sweep_trial.TuneReportCallback
-    monkeypatch.setattr(base, "__init__", lambda self: None)
-    monkeypatch.setattr(base, "after_report", lambda self, _, metrics, __: told.extend(metrics))
+    monkeypatch.setattr(sweep_trial, "Queue", lambda actor_options: queue.SimpleQueue())
+    monkeypatch.setattr(sweep_trial.tune, "report", told.append)
     return told
 
 
