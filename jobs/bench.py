@@ -451,7 +451,7 @@ def every(labels: tyro.conf.Positional[tuple[str, ...]] = (), /, *, json: bool =
 
     Args:
         labels: some of them alone: attention, ingest, encode, encode-linear, train, flow,
-            inference, quality.
+            inference, evaluate, quality.
         json: print the JSON alone.
     """
     from jobs.bench_all import run_all

@@ -17,6 +17,7 @@ RUNS: dict[str, tuple[str, ...]] = {
     "train": ("train",),
     "flow": ("flow",),
     "inference": ("inference",),
+    "evaluate": ("evaluate",),
     "quality": ("quality",),
 }
 
