@@ -152,7 +152,7 @@ def ls(
         return
     for row in rows:
         print("  ".join(f"{value}" for value in row.values()))
-    if manifest.identity.text is not None:
+    if manifest.identity.text is not None and not skipped:
         print(f"{manifest.num_texts} of {manifest.num_images} images have a text")
 
 

@@ -1,7 +1,7 @@
 """Frozen networks of the transformers library, loaded from what is already on this machine."""
 
+import logging
 from pathlib import Path
-from typing import Any
 
 from torch import nn
 
@@ -9,12 +9,12 @@ _MAX_LISTED = 5
 
 
 def load_network(
-    kind: Any, weights: str, *, what: str, remedy: str, is_part: bool = False
+    kind: str, weights: str, *, what: str, remedy: str, is_part: bool = False
 ) -> nn.Module:
     """Load a network from a folder or a Hugging Face repository; downloads nothing.
 
     Args:
-        kind: its class in transformers.
+        kind: name of its class in transformers.
         what: what it is, for the messages.
         remedy: what the user does where it is missing or damaged, for the messages.
         is_part: the weights may be of a larger network, whose other parts are not loaded.
@@ -23,12 +23,14 @@ def load_network(
         FileNotFoundError: the weights are not there.
         ValueError: they are of another network, or not whole.
     """
-    from transformers.utils import logging
+    hush_torchao()
+    import transformers
+    from transformers.utils import logging as transformers_logging
 
     # The screen belongs to the caller.
-    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     try:
-        network, report = kind.from_pretrained(
+        network, report = getattr(transformers, kind).from_pretrained(
             weights,
             local_files_only=is_repository(weights),
             ignore_mismatched_sizes=True,  # or it raises before the report
@@ -50,6 +52,12 @@ def load_network(
             f"{remedy}"
         )
     return network.eval().requires_grad_(False)
+
+
+def hush_torchao() -> None:
+    """Keep torchao, which diffusers and transformers bring, from listing what it cannot load."""
+    for chatty in ("torchao", "torch.utils._pytree"):
+        logging.getLogger(chatty).setLevel(logging.ERROR)
 
 
 def is_repository(weights: str) -> bool:

@@ -36,10 +36,8 @@ def load_dino(weights: str, option: str) -> nn.Module:
         FileNotFoundError: the weights are not there.
         ValueError: they are of another network, or not whole.
     """
-    from transformers import DINOv3ViTModel
-
     return load_network(
-        DINOv3ViTModel,
+        "DINOv3ViTModel",
         weights,
         what="DINOv3",
         remedy=f"request access to {DINO_REPOSITORY} on Hugging Face, download it with "

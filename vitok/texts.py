@@ -9,7 +9,7 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor, nn
 
-from vitok.networks import is_repository, load_network
+from vitok.networks import hush_torchao, is_repository, load_network
 from vitok.pretrained import weights_digest
 
 # Type of a model in its config.json -> class of transformers that holds its text encoder.
@@ -61,6 +61,7 @@ class TextEncoder:
             FileNotFoundError: the weights, or the tokenizer's files, are not there.
             ValueError: it is another kind of network, or not whole.
         """
+        hush_torchao()
         import transformers
         from transformers.utils import cached_file
 
@@ -78,7 +79,7 @@ class TextEncoder:
                 f"{weights} is of the kind {config.model_type!r}, and no text encoder of the kinds "
                 f"{', '.join(_KINDS)}; {remedy}"
             )
-        kind = getattr(transformers, _KINDS[config.model_type])
+        kind = _KINDS[config.model_type]
         network = load_network(kind, weights, what="text encoder", remedy=remedy, is_part=True)
         # Not AutoTokenizer: where it finds no vocabulary, it makes an empty one without a word.
         try:
