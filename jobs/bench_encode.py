@@ -15,7 +15,8 @@ from PIL import Image
 
 from cluster.local import ray_session
 from jobs.bench_ingest import indexed_shards
-from pipelines.cache_latents import LatentCaching, cache_latents, complete, identity_of
+from pipelines.cache_latents import cache_latents, identity_of
+from pipelines.caching_config import LatentCaching, complete
 from pipelines.corpus import Manifest, build_manifest, read_samples
 from pipelines.encode_units import Encoder, Unit, prepare_unit, samples_of, units_of
 from pipelines.latent_units import DTYPES, UNITS, CacheIdentity

@@ -21,11 +21,13 @@ from jobs.bench_train import (
     seconds_now,
     time_steps,
 )
-from pipelines.cache_latents import LatentCaching, cache_latents
+from pipelines.cache_latents import cache_latents
+from pipelines.caching_config import LatentCaching
 from pipelines.corpus import Manifest
-from pipelines.ingest import PackedRow, StepRows, load_step
+from pipelines.ingest import load_step
 from pipelines.loop import Recipe
 from pipelines.mixture import Corpus
+from pipelines.packed_rows import PackedRow, StepRows
 from pipelines.plan import DataConfig, Plan, Stage
 from pipelines.runs import RunConfig
 from pipelines.tracking import metric_history

@@ -22,6 +22,7 @@ from pipelines.corpus import Manifest, build_manifest
 from pipelines.decode import decode_rgb
 from pipelines.ingest import object_store_bytes
 from pipelines.mixture import Corpus
+from pipelines.packed_rows import iterate_steps
 from pipelines.plan import DataConfig, Plan, SampleView, Stage
 
 SAMPLE_VARIABLE = "VITOK_SAMPLE"
@@ -203,7 +204,7 @@ def _through_ray(plan: Plan) -> dict[str, float]:
         dataset.context.execution_options = ingest.execution_options(plan)
         (iterator,) = dataset.streaming_split(1, equal=True)
         records = iterator.iter_batches(batch_size=None, batch_format="numpy", prefetch_batches=1)
-        steps = ingest.iterate_steps(records, first_step)
+        steps = iterate_steps(records, first_step)
         num_images = sum(len(row.keys) for step in steps for row in step.rows)
         return num_images, time.perf_counter() - start
 

@@ -21,8 +21,8 @@ from jobs.bench_ingest import SAMPLE_VARIABLE
 from jobs.photographs import Crops, decode_photographs, sample_patches
 from jobs.sample_corpus import make_sample_corpus
 from pipelines.corpus import Manifest, build_manifest, expand_shards
-from pipelines.ingest import PackedRow, StepRows
 from pipelines.loop import Recipe, train_step
+from pipelines.packed_rows import PackedRow, StepRows
 from pipelines.reconstruction import (
     contact_sheet,
     evaluate_on_all_ranks,

@@ -17,8 +17,9 @@ from torch.profiler import ProfilerActivity, profile
 
 from cluster.local import ray_session
 from jobs.bench_ingest import indexed_shards
-from pipelines.ingest import PackedRow, StepRows, load_step
+from pipelines.ingest import load_step
 from pipelines.loop import Recipe, train_step
+from pipelines.packed_rows import PackedRow, StepRows
 from pipelines.plan import DataConfig, Plan, Stage
 from pipelines.runs import RunConfig
 from pipelines.tracking import metric_history

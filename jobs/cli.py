@@ -298,7 +298,7 @@ def _encoding(arguments: Sequence[str]) -> Any:
 
 
 def _caching(arguments: Sequence[str]) -> Any:
-    from pipelines.cache_latents import complete
+    from pipelines.caching_config import complete
 
     return complete(_encoding(arguments))
 

@@ -5,7 +5,7 @@ Every field can be changed on the command line; a variant in code derives with `
 
 from collections.abc import Callable
 
-from pipelines.cache_latents import LatentCaching
+from pipelines.caching_config import LatentCaching
 from pipelines.latent_units import DTYPES
 from vitok.variants import AutoencoderConfig
 

@@ -1,6 +1,7 @@
 """`vitok sample`: a sheet of generated images, or a whole set of them as shards."""
 
 import time
+from itertools import product
 from pathlib import Path
 from typing import Annotated
 
@@ -11,7 +12,7 @@ from PIL import Image
 from pipelines.flow_curves import best_for_compute, curve_of, draw_curves
 from pipelines.generate import Generation, Generator, generate
 from pipelines.reconstruction import sheet_of
-from pipelines.sampling import Request, spread_classes, whole_patches
+from pipelines.sampling import Request, embed_texts, spread_classes, whole_patches
 from pipelines.train_flow import read_statistics
 from vitok.flow import Method, SamplerConfig
 from vitok.storage import Folder
@@ -22,6 +23,7 @@ def sample(
     /,
     *,
     label: Annotated[tuple[int, ...], tyro.conf.arg(name="class")] = (),
+    text: tuple[str, ...] = (),
     seed: int = 0,
     count: int = 8,
     size: str = "256x256",
@@ -30,6 +32,7 @@ def sample(
     guidance: float = 4.0,
     guidance_interval: tuple[float, float] = (0.0, 1.0),
     autoencoder: str = "",
+    text_encoder: str = "",
     dtype: str = "float32",
     out: str = "samples.png",
 ) -> None:
@@ -39,14 +42,18 @@ def sample(
         run: folder of a flow training, such as runs/NAME; its newest checkpoint is taken.
         label: classes, each sampled `count` times in a row of seeds; none spreads `count` images
             over all classes.
-        seed: of the first image of each class; the same seed, class and size give the same image.
+        text: captions, each sampled `count` times likewise, of each class if some are given; for a
+            model that learned texts.
+        seed: of the first image of each class and text; the same seed, class, text and size give
+            the same image.
         count: how many images.
         size: HEIGHTxWIDTH in pixels, of any aspect ratio, enlarged to whole patches.
         steps: from noise to data.
         method: of integration.
-        guidance: how far beyond the null condition's velocity; 1 is the class's alone.
+        guidance: how far beyond the null condition's velocity; 1 is that of class or text alone.
         guidance_interval: times from and to which it is guided, from 0 (noise) to 1 (data).
         autoencoder: whose decoder makes pixels; the run's own if empty.
+        text_encoder: of the texts; where it was when the run's cache was made, if empty.
         dtype: precision of the weights: float32 or bfloat16.
         out: the PNG file.
     """
@@ -58,12 +65,20 @@ def sample(
     folder = Folder.of(run)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     generator = Generator.load(folder, autoencoder, device, getattr(torch, dtype))
-    num_classes = generator.training.model.num_classes
-    if wrong := [one for one in label if not -1 <= one < num_classes]:
-        raise ValueError(f"class {wrong[0]} is none of the run's: 0 to {num_classes - 1}")
-    pixels = whole_patches(parse_size(size), read_statistics(folder).patch_size)
-    labels = [one for one in label for _ in range(count)] or spread_classes(count, num_classes)
-    requests = [Request(seed + i % count, one, pixels) for i, one in enumerate(labels)]
+    model, statistics = generator.training.model, read_statistics(folder)
+    if wrong := [one for one in label if not -1 <= one < model.num_classes]:
+        raise ValueError(f"class {wrong[0]} is none of the run's: 0 to {model.num_classes - 1}")
+    if text and not model.text_channels:
+        raise ValueError(f"the model of {folder.uri} learned no texts; leave --text out")
+    embedded = embed_texts(text, statistics, text_encoder, device) if text else [None]
+    pixels = whole_patches(parse_size(size), statistics.patch_size)
+    if label or text:
+        pairs = [pair for pair in product(label or [-1], embedded) for _ in range(count)]
+    else:
+        pairs = [(one, None) for one in spread_classes(count, model.num_classes)]
+    requests = [
+        Request(seed + i % count, one, pixels, caption) for i, (one, caption) in enumerate(pairs)
+    ]
     start = time.perf_counter()
     images = generator.images(requests, sampler, generator.training.row_tokens)
     seconds = time.perf_counter() - start

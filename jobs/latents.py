@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Literal
 import tyro
 
 if TYPE_CHECKING:
-    from pipelines.cache_latents import LatentCaching
+    from pipelines.caching_config import LatentCaching
     from pipelines.estimate_latents import CacheSize
 
 _MAX_LISTED = 20
@@ -29,6 +29,8 @@ def run_encoding(settings: "LatentCaching") -> None:
         f"{manifest.num_images} images, {manifest.num_latents} latents, {manifest.num_tokens} "
         f"tokens, {manifest.num_bytes / 1e6:,.1f} MB"
     )
+    if manifest.identity.text is not None:
+        print(f"{manifest.num_texts} texts, {manifest.num_text_tokens} tokens")
     if manifest.num_skipped:
         print(f"skipped {manifest.num_skipped}: vitok latents ls {settings.out} --skipped")
     print(f"cache: {settings.out}")
@@ -111,9 +113,10 @@ def stats(cache: tyro.conf.Positional[str], /) -> None:
         cache: folder or s3:// prefix of the cache.
     """
     from pipelines.latent_manifest import read_manifest
+    from vitok.config import to_dict
     from vitok.storage import Folder
 
-    print(json_format.dumps(asdict(read_manifest(Folder.of(cache))), indent=2))
+    print(json_format.dumps(to_dict(read_manifest(Folder.of(cache))), indent=2))
 
 
 def ls(
@@ -136,7 +139,8 @@ def ls(
     from vitok.storage import Folder
 
     folder = Folder.of(cache)
-    index = read_index(folder, read_manifest(folder))
+    manifest = read_manifest(folder)
+    index = read_index(folder, manifest)
     if skipped:
         rows = list_skipped(index)
     elif units:
@@ -148,6 +152,8 @@ def ls(
         return
     for row in rows:
         print("  ".join(f"{value}" for value in row.values()))
+    if manifest.identity.text is not None and not skipped:
+        print(f"{manifest.num_texts} of {manifest.num_images} images have a text")
 
 
 def export(
@@ -167,7 +173,7 @@ def export(
     Args:
         cache: folder or s3:// prefix of the cache.
         out: folder for the shards, which all nodes see.
-        format: of the shards: WebDataset tars with latent.npy, cls and json.
+        format: of the shards: WebDataset tars with latent.npy, text.npy, cls and json.
         latents_per_shard: at least so many, in whole units.
         cpus_per_task: CPU cores for each shard that is being written.
         json: print the result as JSON on the last line.
@@ -265,11 +271,12 @@ def _dry_run(settings: "LatentCaching") -> None:
 
 
 def _describe(size: "CacheSize") -> str:
+    texts = f", and texts of {size.text_bytes / 1e9:,.3f} GB at most" if size.text_bytes else ""
     return (
         f"{size.num_images:,} images in {size.num_shards:,} shards\n"
         f"  units              {size.num_units:,}\n"
         f"  latents            {size.num_latents:,}, {size.num_tokens:,} tokens\n"
-        f"  bytes              {size.num_bytes / 1e9:,.3f} GB\n"
+        f"  bytes              {size.num_bytes / 1e9:,.3f} GB{texts}\n"
         f"  requests           {size.num_reads:,} reads, {size.num_writes:,} writes\n"
         f"  planning           {size.planning_s:.2f} s, {size.planning_mb:.0f} MB"
     )

@@ -9,8 +9,9 @@ from torch import Tensor
 
 from pipelines.corpus import Manifest
 from pipelines.decode import UnreadableImage, decode_rgb
-from pipelines.ingest import PackedRow, pack_pixels
+from pipelines.ingest import pack_pixels
 from pipelines.mixture import Corpus
+from pipelines.packed_rows import PackedRow
 from pipelines.whole_images import Transform
 from vitok.patches import num_tokens, patchify
 

@@ -1,6 +1,5 @@
 """Autoencoders that people compare with, through diffusers (extra `baselines`)."""
 
-import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from vitok.networks import hush_torchao
 
 # Where weights are published: repository, and the folder in it.
 REPOSITORIES: dict[str, tuple[str, str]] = {
@@ -197,12 +198,6 @@ def _pad(images: Tensor, stride: int) -> Tensor:
     # There is nothing beyond the opposite edge to reflect.
     mode = "reflect" if right < width and bottom < height else "replicate"
     return F.pad(images, (0, right, 0, bottom), mode=mode)
-
-
-def hush_torchao() -> None:
-    """Keep torchao, which diffusers and transformers bring, from listing what it cannot load."""
-    for chatty in ("torchao", "torch.utils._pytree"):
-        logging.getLogger(chatty).setLevel(logging.ERROR)
 
 
 def _diffusers() -> Any:

@@ -7,17 +7,21 @@ Ray Data keeps the three in step: what waits between them is bounded by the obje
 
 from dataclasses import replace
 from json import dumps, loads
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from safetensors.torch import load, save
+from torch import Tensor
 
+from pipelines.caching_config import LatentCaching, complete
+from pipelines.captions import require_captions
 from pipelines.corpus import Manifest
 from pipelines.encode_units import (
     Encoder,
     Unit,
+    embed_captions,
     finish_unit,
     labels_in_range,
     library_versions,
@@ -25,7 +29,6 @@ from pipelines.encode_units import (
     samples_of,
     units_of,
 )
-from pipelines.ingest import PackedRow
 from pipelines.latent_manifest import (
     LatentManifest,
     UnitSource,
@@ -37,21 +40,21 @@ from pipelines.latent_units import (
     DTYPES,
     UNITS,
     CacheIdentity,
+    TextIdentity,
     UnitRecord,
     claim_cache,
     commit_unit,
     committed_units,
 )
 from pipelines.launch import check_resources
+from pipelines.packed_rows import PackedRow
 from pipelines.progress import progress_bar
 from pipelines.train_autoencoder import load_autoencoder
-from pipelines.whole_images import Transform
-from vitok.config import config
 from vitok.pretrained import encoder_digest
 from vitok.storage import Folder
+from vitok.texts import TextEncoder, text_libraries
 from vitok.variants import AutoencoderConfig
 
-COMPUTE_DTYPES = ("bfloat16", "float32")
 # Input blocks are all made before the first task starts.
 _MAX_INPUT_BLOCKS = 1000
 # Ray Data fuses steps that ask for the same resources, and then an encoder would read by itself. So
@@ -61,79 +64,6 @@ _CPU_GRAIN = 1e-4
 _CPUS_PER_WRITER = 0.25
 _MIN_WRITERS = 2
 _MAX_LISTED = 20
-
-
-@config
-class LatentCaching:
-    """One latent cache.
-
-    Attributes:
-        manifest: folder that `vitok corpus index` wrote: the images.
-        model: training run, folder of weights, released model; only the encoder is loaded.
-        out: the cache: a folder or `s3://` prefix.
-        token_budgets: at each of these, images are shrunk to at most so many patches, aspect kept.
-        squares: at each of these, the centre of the image (ADM's crop), so many pixels a side.
-        flip: every image a second time, mirrored.
-        dtype: of the stored latents: bfloat16, float16 or float32.
-        compute_dtype: of the encoder: bfloat16 or float32.
-        log_variance: store the log-variances too; of encoders with KL latents.
-        num_classes: labels must be 0 to num_classes - 1; 0 takes any, and none.
-        unit_samples: samples of an input shard that make one file.
-        row_tokens: tokens of a packed row, the unit of one forward pass.
-        num_workers: encoder processes.
-        cpus_per_worker: CPU cores that Ray sets aside for each of them. Without a GPU they compute,
-            and a cache is finished with as many as it was begun with.
-        use_gpu: encode on GPUs.
-        cpus_per_reader: CPU cores of each task that decodes; there are as many as fit beside the
-            encoders.
-        max_unreadable: the job fails if more than this fraction of the samples is unreadable.
-        dry_run: say what it would take, encode a few images to measure that, and write nothing.
-        json: print the result as JSON on the last line.
-    """
-
-    manifest: str = ""
-    model: str = ""
-    out: str = ""
-    token_budgets: tuple[int, ...] = ()
-    squares: tuple[int, ...] = ()
-    flip: bool = False
-    dtype: str = "bfloat16"
-    compute_dtype: str = "bfloat16"
-    log_variance: bool = False
-    num_classes: int = 0
-    unit_samples: int = 512
-    row_tokens: int = 8192
-    num_workers: int = 8
-    cpus_per_worker: float = 2.0
-    use_gpu: bool = True
-    cpus_per_reader: float = 1.0
-    max_unreadable: float = 0.01
-    dry_run: bool = False
-    json: bool = False
-
-    def __post_init__(self) -> None:
-        for name, choices in (("dtype", tuple(DTYPES)), ("compute_dtype", COMPUTE_DTYPES)):
-            if getattr(self, name) not in choices:
-                value = getattr(self, name)
-                raise ValueError(f"{name}={value!r} must be one of {', '.join(choices)}")
-        for name in ("unit_samples", "row_tokens", "num_workers"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
-        for name in ("cpus_per_worker", "cpus_per_reader"):
-            if getattr(self, name) <= 0:
-                raise ValueError(f"{name}={getattr(self, name)} must be above 0")
-        if self.num_classes < 0:
-            raise ValueError(f"num_classes={self.num_classes} must be positive, or 0 for any")
-        if len(set(self.transforms)) < len(self.transforms):
-            raise ValueError(
-                f"token_budgets={self.token_budgets} and squares={self.squares}: one is there twice"
-            )
-
-    @property
-    def transforms(self) -> tuple[Transform, ...]:
-        """What is done to images: the budgets, then the squares."""
-        budgets = [Transform(token_budget=budget) for budget in self.token_budgets]
-        return (*budgets, *(Transform(square=side) for side in self.squares))
 
 
 def cache_latents(settings: LatentCaching) -> LatentManifest:
@@ -158,6 +88,8 @@ def cache_latents(settings: LatentCaching) -> LatentManifest:
         i for i, unit in enumerate(units) if name_of(identity, source, unit) not in committed
     ]
     if missing:
+        if identity.text is not None:
+            require_captions(source)
         _encode_missing(settings, identity, source, units, missing)
     return finish_cache(settings, identity, source, units)
 
@@ -176,45 +108,47 @@ def finish_cache(
     records = read_records(cache, [name_of(identity, source, unit) for unit in units])
     _check_unreadable(settings, source, units, records)
     sources = [source_of(source, unit) for unit in units]
-    return write_manifest(cache, identity, source.digest, sources, records)
-
-
-def complete(settings: LatentCaching) -> LatentCaching:
-    """Check that nothing is missing, and make the locations absolute: tasks run elsewhere.
-
-    Raises:
-        ValueError: a field that has no default is empty.
-    """
-    for name in ("manifest", "model", "out"):
-        if not getattr(settings, name):
-            raise ValueError(f"{name} is empty; set --{name}")
-    if not settings.transforms:
-        raise ValueError("token_budgets and squares are both empty; give the sizes of the images")
-    return replace(
-        settings,
-        manifest=Folder.of(settings.manifest).uri,
-        model=_absolute(settings.model),
-        out=Folder.of(settings.out).uri,
-    )
-
-
-def _absolute(model: str) -> str:
-    """Return a model's location for other processes; a name that is no folder stays a name."""
-    folder = Folder.of(model)
-    return folder.uri if "://" in model or Path(folder.uri).exists() else model
+    return write_manifest(cache, identity, source.digest, sources, records, settings.text_encoder)
 
 
 def identity_of(settings: LatentCaching) -> CacheIdentity:
     """Return what the cache of these settings is of.
 
     Raises:
-        ValueError: a square is no multiple of the model's patch, or it has no log-variances.
+        FileNotFoundError: the model or the text encoder is not there.
+        ValueError: a square is no multiple of the model's patch, it has no log-variances, or the
+            text encoder takes no texts of text_tokens.
     """
+    text = None
+    if settings.text_encoder:
+        text = text_identity(load_text_encoder(settings), settings.text_tokens)
     model = load_autoencoder(settings.model, part="encoder")
-    return identity_with(settings, model.config, encoder_digest(model))
+    return identity_with(settings, model.config, encoder_digest(model), text)
 
 
-def identity_with(settings: LatentCaching, model: AutoencoderConfig, digest: str) -> CacheIdentity:
+def load_text_encoder(settings: LatentCaching) -> TextEncoder:
+    """Load the text encoder of a cache; errors as those of TextEncoder.load."""
+    return TextEncoder.load(settings.text_encoder, option="text_encoder")
+
+
+def text_identity(encoder: TextEncoder, max_tokens: int) -> TextIdentity:
+    """Return how texts are embedded by an encoder.
+
+    Raises:
+        ValueError: it takes no texts of so many tokens.
+    """
+    encoder.require_length(max_tokens)
+    return TextIdentity(
+        encoder_digest=encoder.digest,
+        channels=encoder.channels,
+        max_tokens=max_tokens,
+        libraries=text_libraries(),
+    )
+
+
+def identity_with(
+    settings: LatentCaching, model: AutoencoderConfig, digest: str, text: TextIdentity | None = None
+) -> CacheIdentity:
     """Return what the cache of these settings is of, for a model; errors as those of identity_of.
 
     Args:
@@ -241,6 +175,7 @@ def identity_with(settings: LatentCaching, model: AutoencoderConfig, digest: str
         libraries=library_versions(),
         row_tokens=settings.row_tokens,
         unit_samples=settings.unit_samples,
+        text=text,
     )
 
 
@@ -301,7 +236,7 @@ def _encoded(
     dataset = dataset.map_batches(
         _EncoderActor,
         batch_size=None,
-        fn_constructor_args=(settings.model, identity),
+        fn_constructor_args=(settings, identity),
         compute=ray.data.ActorPoolStrategy(size=settings.num_workers),
         num_cpus=settings.cpus_per_worker,
         num_gpus=1 if settings.use_gpu else 0,
@@ -341,6 +276,7 @@ class _Steps:
                 "max_seqlen": np.array([prepared.rows[0].max_seqlen]),
                 "members": np.array([dumps(prepared.members)]),
                 "skipped": np.array([dumps(prepared.skipped)]),
+                "captions": np.array([dumps(prepared.captions)]),
             }
 
     def commit(self, batch: dict[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
@@ -349,6 +285,7 @@ class _Steps:
         (number,) = batch["unit"].tolist()
         unit = self._units[number]
         values = torch.from_numpy(np.array(batch["values"][0])).view(DTYPES[identity.dtype])
+        texts = load(batch["texts"][0])
         data, record = finish_unit(
             self._source,
             unit,
@@ -356,6 +293,7 @@ class _Steps:
             loads(str(batch["members"][0])),
             list(values),
             [(key, reason) for key, reason in loads(str(batch["skipped"][0]))],
+            {int(place): text for place, text in texts.items()},
         )
         commit_unit(Folder(self._settings.out), data, record)
         return {
@@ -365,21 +303,20 @@ class _Steps:
 
 
 class _EncoderActor:
-    """A Ray Data actor that holds the encoder, and adds to a unit's record what it computes."""
+    """A Ray Data actor that holds the encoders, and adds to a unit's record what they compute."""
 
-    def __init__(self, model: str, identity: CacheIdentity) -> None:
+    def __init__(self, settings: LatentCaching, identity: CacheIdentity) -> None:
         dtype = DTYPES[identity.compute_dtype]
-        encoder = load_autoencoder(model, part="encoder")
-        found = encoder_digest(encoder)
-        if found != identity.encoder_digest:
-            raise ValueError(
-                f"{model}: the encoder is {found[:12]} here and {identity.encoder_digest[:12]} "
-                "where the job was started; give a model that all nodes see, and that stays"
-            )
+        encoder = load_autoencoder(settings.model, part="encoder")
+        _require_same(settings.model, encoder_digest(encoder), identity.encoder_digest)
         if identity.threads:
             torch.set_num_threads(identity.threads)
         self._encode = Encoder(encoder.to(dtype), identity)
-        self._patch_size = identity.patch_size
+        self._identity = identity
+        if identity.text is not None:
+            texts = load_text_encoder(settings)
+            _require_same(settings.text_encoder, texts.digest, identity.text.encoder_digest)
+            self._texts = texts.to(self._encode.device, dtype)
 
     def __call__(self, batch: dict[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
         (tokens,) = batch["tokens"]
@@ -388,7 +325,7 @@ class _EncoderActor:
                 step=0,
                 # Blocks are read-only, which torch would warn about.
                 tokens=np.array(tokens[i]),
-                patch_size=self._patch_size,
+                patch_size=self._identity.patch_size,
                 image_size=np.array(image_size),
                 tile_position=np.zeros(image_size.shape, np.float32),
                 label=np.full(len(image_size), -1),
@@ -400,12 +337,25 @@ class _EncoderActor:
         ]
         # As bytes: NumPy has no bfloat16.
         values = torch.stack(self._encode(rows)).view(torch.uint8).numpy()
+        texts: dict[int, Tensor] = {}
+        if self._identity.text is not None:
+            captions = loads(str(batch["captions"][0]))
+            texts = embed_captions(self._texts, self._identity, captions)
         return {
             "unit": batch["unit"],
             "values": values[None],
+            "texts": np.array([save({str(i): text for i, text in texts.items()})], dtype=object),
             "members": batch["members"],
             "skipped": batch["skipped"],
         }
+
+
+def _require_same(location: str, found: str, expected: str) -> None:
+    if found != expected:
+        raise ValueError(
+            f"{location}: the encoder is {found[:12]} here and {expected[:12]} where the job was "
+            "started; give a model that all nodes see, and that stays"
+        )
 
 
 def _check_unreadable(

@@ -1,14 +1,15 @@
 """One unit of a latent cache, from the samples of a shard to its file: three steps, in order.
 
     prepare_unit   reads, decodes and packs, on any core
-    Encoder        turns packed rows into latents, where the weights are
+    Encoder        turns packed rows into latents, where the weights are (embed_captions: captions
+                   into embeddings)
     finish_unit    cuts the rows into images and makes the unit
 
 What a unit holds depends on the unit alone: it is packed by itself, in rows of one shape.
 """
 
 import platform
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 
@@ -17,17 +18,20 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from pipelines.captions import read_captions
 from pipelines.corpus import Manifest, SampleRecords
-from pipelines.ingest import PackedRow
 from pipelines.latent_units import DTYPES, CacheIdentity, LatentRow, UnitRecord, make_unit
 from pipelines.mixture import Corpus
+from pipelines.packed_rows import PackedRow
 from pipelines.plan import SampleView
 from pipelines.whole_images import load_packing, pack_views
 from vitok.autoencoder import Autoencoder
 from vitok.packed import PackedTokens
 from vitok.patches import grid_size
+from vitok.texts import TextEncoder
 
 _LIBRARIES = ("pillow", "simplejpeg", "torch")
+_NO_TEXTS: Mapping[int, Tensor] = {}
 
 
 @dataclass(frozen=True)
@@ -46,11 +50,13 @@ class PreparedUnit:
     Attributes:
         members: of each row, the places among the unit's views of what lies in it.
         skipped: (key, reason) of the samples that were unreadable.
+        captions: of each sample, None for none; empty for a cache without texts.
     """
 
     rows: list[PackedRow]
     members: list[list[int]]
     skipped: list[tuple[str, str]]
+    captions: list[str | None]
 
 
 def units_of(source: Manifest, unit_samples: int) -> list[Unit]:
@@ -98,7 +104,11 @@ def prepare_unit(source: Manifest, unit: Unit, identity: CacheIdentity) -> Prepa
     reasons: dict[str, str] = {}
     for place, reason in unreadable.items():
         reasons.setdefault(str(records.key[place % len(records)]), reason)
-    return PreparedUnit(rows, members, sorted(reasons.items()))
+    captions: list[str | None] = []
+    if identity.text is not None:
+        captions, bad = read_captions(source, unit.shard, unit.start, unit.stop)
+        reasons = bad | reasons
+    return PreparedUnit(rows, members, sorted(reasons.items()), captions)
 
 
 class Encoder:
@@ -143,6 +153,22 @@ class Encoder:
             yield replace(row, tokens=tokens).to_packed(self.device)[0]
 
 
+def embed_captions(
+    encoder: TextEncoder, identity: CacheIdentity, captions: Sequence[str | None]
+) -> dict[int, Tensor]:
+    """Return the embeddings [K, D] of a unit's captions, on the host, as stored; by their places.
+
+    Args:
+        encoder: on its device.
+    """
+    assert identity.text is not None
+    places = [place for place, caption in enumerate(captions) if caption is not None]
+    texts = [caption for caption in captions if caption is not None]
+    states = encoder(texts, identity.text.max_tokens)
+    dtype = DTYPES[identity.dtype]
+    return {place: state.to(dtype) for place, state in zip(places, states, strict=True)}
+
+
 def finish_unit(
     source: Manifest,
     unit: Unit,
@@ -150,15 +176,17 @@ def finish_unit(
     members: Sequence[Sequence[int]],
     values: Sequence[Tensor],
     skipped: Sequence[tuple[str, str]],
+    texts: Mapping[int, Tensor] = _NO_TEXTS,
 ) -> tuple[bytes, UnitRecord]:
     """Cut encoded rows into the latents of images, and make the unit of them.
 
     Args:
         members, skipped: of the PreparedUnit.
         values: what the Encoder made of its rows.
+        texts: what embed_captions made of its captions.
 
     Raises:
-        ValueError: a latent is not finite.
+        ValueError: a latent or an embedding is not finite.
     """
     records = samples_of(source, unit)
     views = views_of(records, identity)
@@ -170,17 +198,19 @@ def finish_unit(
             grid = grid_size(*views[place].size, identity.patch_size)
             start, end = end, end + grid[0] * grid[1]
             row = _row(records, views, place, grid, of_row[start:end], identity)
+            row = replace(row, text=texts.get(place % len(records)))
             if row.key not in lost:  # an image is there in all its variants, or not at all
                 found[place] = row
     name = identity.unit_name(str(source.shard_digests[unit.shard]), unit.start, unit.stop)
     in_order = [found[place] for place in sorted(found)]
     for row in in_order:
-        if not row.latent.isfinite().all():
-            raise ValueError(
-                f"{source.uris[unit.shard]}: {row.key}: its latent is not finite in "
-                f"{identity.compute_dtype}, stored as {identity.dtype}; look at the weights, or "
-                "compute and store in float32"
-            )
+        for what, stored in (("latent", row.latent), ("text", row.text)):
+            if stored is not None and not stored.isfinite().all():
+                raise ValueError(
+                    f"{source.uris[unit.shard]}: {row.key}: its {what} is not finite in "
+                    f"{identity.compute_dtype}, stored as {identity.dtype}; look at the weights, "
+                    "or compute and store in float32"
+                )
     return make_unit(name, in_order, identity, skipped)
 
 

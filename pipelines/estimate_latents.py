@@ -8,10 +8,20 @@ import numpy as np
 import psutil
 import torch
 
-from pipelines.cache_latents import LatentCaching, name_of
+from pipelines.cache_latents import load_text_encoder, name_of
+from pipelines.caching_config import LatentCaching
+from pipelines.captions import STORE_READ_BYTES
 from pipelines.corpus import MAX_READ_BYTES, Manifest
-from pipelines.encode_units import Encoder, Unit, prepare_unit, samples_of, units_of, views_of
-from pipelines.latent_units import CacheIdentity
+from pipelines.encode_units import (
+    Encoder,
+    Unit,
+    embed_captions,
+    prepare_unit,
+    samples_of,
+    units_of,
+    views_of,
+)
+from pipelines.latent_units import DTYPES, CacheIdentity
 from pipelines.train_autoencoder import load_autoencoder
 
 # Tokens are counted in so many units, spread over the corpus, where they differ among images.
@@ -31,6 +41,7 @@ class CacheSize:
         num_latents: rows: an image at one size, mirrored or not.
         num_tokens: of all rows; counted on a sample where images have different ones.
         num_bytes: of the latents.
+        text_bytes: of the texts, at most: as if each had all tokens that it may have.
         num_reads, num_writes: requests to object stores.
         planning_s, planning_mb: from the manifest on disk to the name of every unit: time, memory.
     """
@@ -41,6 +52,7 @@ class CacheSize:
     num_latents: int
     num_tokens: int
     num_bytes: int
+    text_bytes: int
     num_reads: int
     num_writes: int
     planning_s: float
@@ -89,6 +101,10 @@ def estimate_size(
     num_images = source.num_samples
     num_tokens = round(num_images * tokens_per_image)
     unit_bytes = source.num_bytes_per_shard.sum() / len(units)
+    text_tokens, caption_reads = 0, 0
+    if identity.text is not None:
+        text_tokens = identity.text.max_tokens
+        caption_reads = -(-int(unit_bytes) // STORE_READ_BYTES)
     return CacheSize(
         num_shards=len(source.uris),
         num_images=num_images,
@@ -96,8 +112,9 @@ def estimate_size(
         num_latents=num_images * identity.num_variants,
         num_tokens=num_tokens,
         num_bytes=num_tokens * identity.bytes_per_token,
+        text_bytes=num_images * text_tokens * identity.bytes_per_text_token,
         # Every record is read once more, for the index, and the folder is listed twice.
-        num_reads=len(units) * (-(-int(unit_bytes) // MAX_READ_BYTES) + 1)
+        num_reads=len(units) * (-(-int(unit_bytes) // MAX_READ_BYTES) + 1 + caption_reads)
         + 2 * -(-2 * len(units) // _REQUESTS_PER_LISTING),
         num_writes=2 * len(units) + 3,
         planning_s=planning_s,
@@ -124,9 +141,15 @@ def measure_rates(settings: LatentCaching, source: Manifest, identity: CacheIden
             return Rates(reader_images_per_s=count / reader_s, encoder_images_per_s=0.0)
         torch.set_num_threads(identity.threads or threads)
         encode = Encoder(load_autoencoder(settings.model, part="encoder"), identity)
+        texts = load_text_encoder(settings) if identity.text else None
+        if texts is not None:
+            texts.to(encode.device, DTYPES[identity.compute_dtype])
+            embed_captions(texts, identity, prepared.captions[:1])
         encode(prepared.rows[:1])
         start = time.perf_counter()
         encode(prepared.rows)
+        if texts is not None:
+            embed_captions(texts, identity, prepared.captions)
         encoder_s = time.perf_counter() - start
     finally:
         torch.set_num_threads(threads)

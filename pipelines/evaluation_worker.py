@@ -14,8 +14,8 @@ from torch import Tensor
 from pipelines.baselines import hush_torchao
 from pipelines.corpus import Manifest
 from pipelines.failures import is_out_of_memory, root_cause
-from pipelines.ingest import PackedRow
 from pipelines.mixture import Corpus
+from pipelines.packed_rows import PackedRow
 from pipelines.peak_memory import memory_in_use, start_peak
 from pipelines.read_ahead import RowReader
 from pipelines.reconstruction import comparison, judge

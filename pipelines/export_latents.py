@@ -39,8 +39,9 @@ def export_webdataset(
     """Write a cache as shards of samples, on the connected Ray cluster; goes on where it stopped.
 
     A sample has `latent.npy` [N, c] (float32 for bfloat16, which NumPy does not know: the same
-    values), `cls` where it has a label, and `json` with grid and image size. Where the cache holds
-    an image several times, its key ends in `_T` or `_Tm`: number of the transform, mirrored.
+    values), `text.npy` [K, D] and `cls` where it has a text and a label, and `json` with grid and
+    image size. Where the cache holds an image several times, its key ends in `_T` or `_Tm`: number
+    of the transform, mirrored.
 
     Args:
         latents_per_shard: at least so many, in whole units, but for the last shard.
@@ -127,6 +128,8 @@ def _sample(cache: LatentCache, row: LatentRow) -> dict[str, Any]:
     }
     if row.log_variance is not None:
         sample["log_variance.npy"] = _npy(row.log_variance)
+    if row.text is not None:
+        sample["text.npy"] = _npy(row.text)
     if row.label >= 0:
         sample["cls"] = row.label
     return sample

@@ -6,21 +6,19 @@ step come from the plan alone.
 """
 
 import dataclasses
-import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from pipelines.corpus import SampleRecords
 from pipelines.decode import UnreadableImage
 from pipelines.objects import retry_counts
+from pipelines.packed_rows import PackedRow, record_of
 from pipelines.plan import Plan, RowShape
 from pipelines.views import Samples, SampleView, write_patches
-from vitok.packed import PackedTokens, layout_of
-from vitok.patches import normalize_patches, num_tokens
+from vitok.patches import num_tokens
 
 # Small steps are read several at a time, so that a task is worth its start.
 _IMAGES_PER_TASK = 256
@@ -33,77 +31,6 @@ _MAX_ENCODED_BYTES = 128 * 2**20
 # Rows wait in the object store for this many steps at most, where that is not too little to stream.
 _STEPS_AHEAD = 4
 _MIN_STORE_BYTES = 2**30
-
-
-@dataclasses.dataclass(frozen=True)
-class PackedRow:
-    """One packed row on the host.
-
-    Attributes:
-        step: the global step that it belongs to.
-        tokens: [T, D], patches [T, 3P^2] uint8 or latents; a tensor where it lies on a device
-            already.
-        patch_size: pixels along each side of the patch that a token stands for.
-        image_size: [S, 2] int32, pixels (height, width); 0 in unused slots.
-        tile_position: [S, 2] float32 in [0, 1).
-        label: [S] int64, class of each image; -1 for none, and in unused slots.
-        keys: keys of the images, in the order in which they lie in the row.
-        skipped: (shard, key, reason) of the samples that should be here but were unreadable.
-        max_seqlen: no image has more tokens.
-    """
-
-    step: int
-    tokens: NDArray[Any] | torch.Tensor
-    patch_size: int
-    image_size: NDArray[np.int32]
-    tile_position: NDArray[np.float32]
-    label: NDArray[np.int64]
-    keys: list[str]
-    skipped: list[tuple[str, str, str]]
-    max_seqlen: int
-
-    @property
-    def image_tokens(self) -> list[int]:
-        """Tokens of each image slot of the row; 0 in unused ones."""
-        return (-(-self.image_size // self.patch_size)).prod(axis=1).tolist()
-
-    @property
-    def num_tokens(self) -> int:
-        """Real tokens of the row."""
-        return sum(self.image_tokens)
-
-    def layout(self, device: torch.device) -> PackedTokens:
-        """Return where the images lie in the row, on the device; without tokens."""
-        used = self.image_size[self.image_size[:, 0] > 0]
-        return layout_of(
-            [(int(height), int(width)) for height, width in used],
-            patch_size=self.patch_size,
-            row_tokens=len(self.tokens),
-            max_images=len(self.image_size),
-            max_seqlen=self.max_seqlen,
-        ).to(device)
-
-    def to_packed(self, device: torch.device) -> tuple[PackedTokens, torch.Tensor]:
-        """Return a row of patches as pixels in [-1, 1] on the device, and its tile positions."""
-        layout = self.layout(device)
-        patches = torch.as_tensor(self.tokens).to(device, non_blocking=True)
-        pixels = normalize_patches(patches, layout.patch_coord, layout.token_image_size())
-        position = torch.from_numpy(self.tile_position).to(device, non_blocking=True)
-        return layout.with_tokens(pixels), position
-
-
-@dataclasses.dataclass(frozen=True)
-class StepRows:
-    """The rows of one worker in one global step.
-
-    Attributes:
-        retries: requests to the object store that had to be repeated, by reason, since the record
-            before; a process that reads counts them once.
-    """
-
-    step: int
-    rows: list[PackedRow]
-    retries: dict[str, int]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -189,6 +116,7 @@ def load_rows(
     """
     place = {sample_id: i for i, sample_id in enumerate(records.sample_id.tolist())}
     shown = decode_views(corpus, records, [view for row in rows for view in row])
+    texts = corpus.texts(records)
 
     def load_row(views: list[SampleView]) -> PackedRow:
         readable: list[tuple[NDArray[Any], SampleView, int]] = []
@@ -215,8 +143,14 @@ def load_rows(
             corpus.write(seen, row.tokens[start:end], patch_size)
             row.tile_position[slot] = view.tile_position
             row.label[slot] = records.label[index]
-        keys = [str(records.key[index]) for _, _, index in readable]
-        return dataclasses.replace(row, step=step, keys=keys, skipped=skipped)
+        indices = [index for _, _, index in readable]
+        return dataclasses.replace(
+            row,
+            step=step,
+            keys=[str(records.key[index]) for index in indices],
+            skipped=skipped,
+            texts=None if texts is None else texts.in_slots(indices, max_images),
+        )
 
     return [load_row(views) for views in rows]
 
@@ -321,7 +255,7 @@ def training_dataset(plan: Plan, first_step: int, num_workers: int) -> Any:
         for by_worker in batch["task"]:
             for shares in by_worker:
                 rows = [row for share in shares for row in load_share(plan, share)]
-                yield _record(rows, _new_retries())
+                yield record_of(rows, _new_retries())
 
     # Not ray.data.range: its read tasks would each take a whole core from the training.
     dataset = ray.data.from_blocks(
@@ -364,7 +298,10 @@ def execution_options(plan: Plan) -> Any:
     from ray.data import ExecutionOptions, ExecutionResources
 
     options = ExecutionOptions(preserve_order=True)
-    step_bytes = max(shape.num_rows for shape in plan.row_shapes) * plan.row_bytes
+    step_bytes = max(
+        shape.num_rows * (plan.row_bytes + shape.max_images * plan.corpus.text_bytes)
+        for shape in plan.row_shapes
+    )
     options.resource_limits = ExecutionResources(
         object_store_memory=max(_MIN_STORE_BYTES, _STEPS_AHEAD * step_bytes)
     )
@@ -388,75 +325,3 @@ def _new_retries() -> dict[str, int]:
     new = {reason: count - _counted_retries.get(reason, 0) for reason, count in now.items()}
     _counted_retries.update(now)
     return {reason: count for reason, count in new.items() if count}
-
-
-def _record(rows: list[PackedRow], retries: dict[str, int]) -> dict[str, NDArray[Any]]:
-    """Return one record of the dataset: one worker's rows of the steps of a task."""
-    texts = [json.dumps({"keys": row.keys, "skipped": row.skipped}) for row in rows]
-    return {
-        "step": np.array([[row.step for row in rows]]),
-        "tokens": np.stack([row.tokens for row in rows])[None],
-        "patch_size": np.array([rows[0].patch_size]),
-        "image_size": np.stack([row.image_size for row in rows])[None],
-        "tile_position": np.stack([row.tile_position for row in rows])[None],
-        "label": np.stack([row.label for row in rows])[None],
-        "max_seqlen": np.array([[row.max_seqlen for row in rows]]),
-        "texts": np.array([json.dumps(texts)]),
-        "retries": np.array([json.dumps(retries)]),
-    }
-
-
-def empty_row(row: PackedRow) -> PackedRow:
-    """Return a row of the same shape that holds nothing."""
-    return dataclasses.replace(
-        row,
-        tokens=np.zeros_like(row.tokens),
-        image_size=np.zeros_like(row.image_size),
-        tile_position=np.zeros_like(row.tile_position),
-        label=np.full_like(row.label, -1),
-        keys=[],
-        skipped=[],
-    )
-
-
-def iterate_steps(
-    records: Iterable[dict[str, NDArray[Any]]], first_step: int
-) -> Iterator[StepRows]:
-    """Turn a worker's records into its steps, and check that none is missing or doubled.
-
-    Args:
-        records: batches of one record each, as `iter_batches(batch_size=None)` gives them.
-
-    Raises:
-        RuntimeError: a step arrives out of turn.
-    """
-    expected = first_step
-    for record in records:
-        rows = _rows_of_record(record)
-        retries = json.loads(str(record["retries"][0]))
-        for step in dict.fromkeys(row.step for row in rows):
-            if step != expected:
-                raise RuntimeError(f"data of step {step} arrived where step {expected} was due")
-            yield StepRows(step, [row for row in rows if row.step == step], retries)
-            expected += 1
-            retries = {}
-
-
-def _rows_of_record(record: dict[str, NDArray[Any]]) -> list[PackedRow]:
-    texts = [json.loads(text) for text in json.loads(str(record["texts"][0]))]
-    return [
-        PackedRow(
-            step=int(record["step"][0][i]),
-            # Blocks in the object store are read-only, which torch would warn about; a row is
-            # copied once here, while the step before it computes.
-            tokens=np.array(record["tokens"][0][i]),
-            patch_size=int(record["patch_size"][0]),
-            image_size=np.array(record["image_size"][0][i]),
-            tile_position=np.array(record["tile_position"][0][i]),
-            label=np.array(record["label"][0][i]),
-            keys=text["keys"],
-            skipped=[(shard, key, reason) for shard, key, reason in text["skipped"]],
-            max_seqlen=int(record["max_seqlen"][0][i]),
-        )
-        for i, text in enumerate(texts)
-    ]

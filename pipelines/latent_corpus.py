@@ -2,19 +2,20 @@
 
 from collections.abc import Sequence
 from functools import cached_property
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from pipelines.corpus import SampleRecords
 from pipelines.decode import UnreadableImage
-from pipelines.ingest import PackedRow
-from pipelines.latent_units import DTYPES
+from pipelines.latent_units import DTYPES, TextIdentity
 from pipelines.latents import LatentCache, LatentRow
-from pipelines.views import SampleView
-from vitok.config import config
+from pipelines.packed_rows import PackedRow
+from pipelines.views import SampleView, Texts
+from vitok.config import UNLESS_EMPTY, config
 from vitok.packed import PackedTokens
 
 # NumPy knows no bfloat16: rows carry the bits of a latent, and the device reads them as they are.
@@ -23,9 +24,40 @@ _FLOOR = 1e-6  # as LatentCache divides by
 
 
 class LatentCorpus(LatentCache):
-    """A latent cache whose latents are used as they were encoded, one after the other in rows."""
+    """A latent cache whose latents are used as they were encoded, one after the other in rows.
+
+    Args:
+        location: folder or `s3://` prefix.
+        texts: rows carry the texts of their images too, where the cache has some.
+    """
 
     resizes: ClassVar[bool] = False
+
+    def __init__(self, location: str, *, texts: bool = False) -> None:
+        super().__init__(location, texts=False)  # read apart from the latents: see texts()
+        self._texts_in_rows = texts
+
+    @property
+    def text_bytes(self) -> int:
+        """Bytes that a row holds for the text of an image, padded to the longest there may be."""
+        text = self.identity.text
+        if text is None or not self._texts_in_rows:
+            return 0
+        return text.max_tokens * self.identity.bytes_per_text_token
+
+    def texts(self, records: SampleRecords) -> Texts | None:
+        """Return the bits of the texts of records, in their order, for the slots of rows."""
+        text = self.identity.text
+        if text is None or not self._texts_in_rows:
+            return None
+        bits = np.dtype(_BITS[self.identity.dtype])
+        values = np.zeros((len(records), text.max_tokens, text.channels), bits)
+        num_tokens = np.zeros(len(records), np.int64)
+        for place, found in enumerate(self.read_texts(records)):
+            if found is not None:
+                num_tokens[place] = len(found)
+                values[place, : len(found)] = found.view(_torch_bits(found.dtype)).numpy()
+        return Texts(values, num_tokens)
 
     def show(
         self, sample: LatentRow, views: Sequence[SampleView]
@@ -57,6 +89,8 @@ class LatentCorpus(LatentCache):
             tokens_per_latent=manifest.num_tokens / max(1, manifest.num_latents),
             mean=manifest.mean[: identity.channels],
             std=tuple(max(std, _FLOOR) for std in manifest.std[: identity.channels]),
+            text=identity.text,
+            text_encoder=manifest.text_encoder,
         )
 
     @property
@@ -72,6 +106,11 @@ class LatentCorpus(LatentCache):
         latents = self.normalize(bits.view(DTYPES[self.identity.dtype]))
         return layout.with_tokens(latents * (layout.segment_ids >= 0)[:, None])
 
+    def to_embeddings(self, texts: Texts, device: torch.device) -> Tensor:
+        """Return the texts of a row as embeddings [S, K, D] on the device; 0 in padding."""
+        bits = torch.as_tensor(texts.values).to(device, non_blocking=True)
+        return bits.view(DTYPES[self.identity.dtype])
+
 
 @config
 class LatentStatistics:
@@ -82,6 +121,8 @@ class LatentStatistics:
         patch_size: pixels along each side of a patch.
         tokens_per_latent: in the mean.
         mean, std: of every channel over the whole cache.
+        text: of the texts of the cache, where it has some.
+        text_encoder: where the encoder of these was.
     """
 
     encoder_digest: str
@@ -89,6 +130,8 @@ class LatentStatistics:
     tokens_per_latent: float
     mean: tuple[float, ...]
     std: tuple[float, ...]
+    text: Annotated[TextIdentity | None, UNLESS_EMPTY] = None
+    text_encoder: Annotated[str, UNLESS_EMPTY] = ""
 
     def denormalize(self, latents: Tensor) -> Tensor:
         """Return latents [..., C] as the encoder gave them, of such with mean 0 and variance 1."""

@@ -18,14 +18,14 @@ from fractions import Fraction
 from functools import cache
 from importlib.metadata import version as version_of
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipelines.cache_files import file_names, read_file, remove_file, write_file
 from pipelines.latent_units import CacheIdentity, UnitRecord, as_json, read_record
-from vitok.config import config, parse_json, to_dict
+from vitok.config import UNLESS_EMPTY, config, parse_json, to_dict
 from vitok.storage import Folder
 
 MANIFEST_FILE = "manifest.json"
@@ -78,6 +78,8 @@ class LatentManifest:
         index: name of the index.
         index_sha256: of the index.
         checksum: sha256 of all the rest, as JSON.
+        num_texts, num_text_tokens: images that have a text, and the tokens of their texts.
+        text_encoder: where the encoder of the texts was.
     """
 
     identity: CacheIdentity
@@ -94,6 +96,9 @@ class LatentManifest:
     index: str
     index_sha256: str
     checksum: str = ""
+    num_texts: Annotated[int, UNLESS_EMPTY] = 0
+    num_text_tokens: Annotated[int, UNLESS_EMPTY] = 0
+    text_encoder: Annotated[str, UNLESS_EMPTY] = ""
 
     def signed(self) -> "LatentManifest":
         """Return the same manifest with its checksum."""
@@ -113,9 +118,11 @@ def write_manifest(
     source_digest: str,
     sources: Sequence[UnitSource],
     records: Sequence[UnitRecord],
+    text_encoder: str = "",
 ) -> LatentManifest:
     """Write index and manifest over all units: from here on the cache can be read."""
     manifest, index = make_manifest(identity, source_digest, sources, records)
+    manifest = replace(manifest, text_encoder=text_encoder).signed()
     write_file(folder, manifest.index, index)
     write_file(folder, MANIFEST_FILE, as_json(manifest))
     return manifest
@@ -154,6 +161,8 @@ def make_manifest(
         std=std,
         index=f"index-{digest[:16]}.parquet",
         index_sha256=digest,
+        num_texts=sum(record.num_texts for record in records),
+        num_text_tokens=sum(record.num_text_tokens for record in records),
     )
     return manifest.signed(), index
 

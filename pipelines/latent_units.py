@@ -1,7 +1,8 @@
 """Units of a latent cache: files of ragged latents, and the records that commit them.
 
     CACHE/cache.json               what the cache is of (CacheIdentity)
-    CACHE/units/NAME.safetensors   the latents of some samples of an input shard; see make_unit
+    CACHE/units/NAME.safetensors   the latents of some samples of an input shard, and their texts;
+                                   see make_unit
     CACHE/units/NAME.json          its commit record; a unit without one does not exist
     CACHE/index-DIGEST.parquet, CACHE/manifest.json     all of it; see latent_manifest.py
 
@@ -13,7 +14,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import torch
@@ -22,12 +23,29 @@ from torch import Tensor
 
 from pipelines.cache_files import create_file, file_names, read_file, write_file
 from pipelines.whole_images import Transform
-from vitok.config import config, describe_difference, parse_json, to_dict
+from vitok.config import UNLESS_EMPTY, config, describe_difference, parse_json, to_dict
 from vitok.storage import Folder
 
 CACHE_FILE = "cache.json"
 UNITS = "units"
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+
+
+@config
+class TextIdentity:
+    """How the texts of a cache were embedded.
+
+    Attributes:
+        encoder_digest: of the text encoder's weights and of its tokenizer.
+        channels: of an embedding.
+        max_tokens: of a text; longer ones were cut.
+        libraries: versions of what makes tokens and computes.
+    """
+
+    encoder_digest: str
+    channels: int
+    max_tokens: int
+    libraries: str = ""
 
 
 @config
@@ -48,6 +66,7 @@ class CacheIdentity:
         libraries: versions of what decodes, resizes and computes.
         row_tokens: of the packed rows that were encoded.
         unit_samples: samples of an input shard that make one unit, which is packed by itself.
+        text: of the texts that are stored beside the latents; None for a cache without.
     """
 
     encoder_digest: str
@@ -63,6 +82,7 @@ class CacheIdentity:
     libraries: str = ""
     row_tokens: int
     unit_samples: int
+    text: Annotated[TextIdentity | None, UNLESS_EMPTY] = None
 
     @cached_property
     def digest(self) -> str:
@@ -84,6 +104,11 @@ class CacheIdentity:
         """Bytes that are stored of a token."""
         return self.values_per_token * DTYPES[self.dtype].itemsize
 
+    @property
+    def bytes_per_text_token(self) -> int:
+        """Bytes that are stored of a token of a text; 0 without texts."""
+        return self.text.channels * DTYPES[self.dtype].itemsize if self.text else 0
+
     def unit_name(self, shard_digest: str, start: int, stop: int) -> str:
         """Return the name of the unit that holds samples start to stop of an input shard."""
         text = f"{shard_digest}:{start}:{stop}:{self.digest}"
@@ -101,10 +126,11 @@ class UnitRecord:
         num_tokens: of all rows.
         num_bytes, sha256: of its file.
         table_bytes: where the latents begin in the file; in front of them lies what is known of
-            each row.
+            each row, behind them the texts.
         keys_sha256: of the rows' keys.
         channel_sum, channel_square_sum: moments of what is stored, in float64, for each channel.
         skipped: (key, reason) of the samples that were unreadable.
+        num_texts, num_text_tokens: images that have a text, and the tokens of their texts.
     """
 
     name: str
@@ -118,6 +144,8 @@ class UnitRecord:
     channel_sum: tuple[float, ...]
     channel_square_sum: tuple[float, ...]
     skipped: tuple[tuple[str, str], ...]
+    num_texts: Annotated[int, UNLESS_EMPTY] = 0
+    num_text_tokens: Annotated[int, UNLESS_EMPTY] = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -133,6 +161,7 @@ class LatentRow:
         transform: which of the cache's transforms prepared the image.
         flipped: left and right were exchanged.
         log_variance: [N, c] of the posterior around the latent, where the cache holds it.
+        text: [K, D], embeddings of the tokens of the image's text; None where there is none.
     """
 
     key: str
@@ -143,6 +172,7 @@ class LatentRow:
     transform: int = 0
     flipped: bool = False
     log_variance: Tensor | None = None
+    text: Tensor | None = None
 
 
 def describe_unit(name: str, data: bytes, skipped: Sequence[tuple[str, str]] = ()) -> UnitRecord:
@@ -154,6 +184,11 @@ def describe_unit(name: str, data: bytes, skipped: Sequence[tuple[str, str]] = (
     tensors = load(data)
     keys = read_keys(data)
     latents = tensors["latents"]
+    table_bytes = len(data) - latents.nbytes
+    text_tokens = torch.zeros(0, dtype=torch.int64)
+    if "text" in tensors:
+        table_bytes -= tensors["text"].nbytes
+        text_tokens = tensors["text_offsets"].diff()
     # Row after row, as NumPy adds along the slowest axis: no number of threads changes the sums.
     exact = latents.double().numpy()
     return UnitRecord(
@@ -163,11 +198,13 @@ def describe_unit(name: str, data: bytes, skipped: Sequence[tuple[str, str]] = (
         num_tokens=len(latents),
         num_bytes=len(data),
         sha256=hashlib.sha256(data).hexdigest(),
-        table_bytes=len(data) - latents.nbytes,
+        table_bytes=table_bytes,
         keys_sha256=hashlib.sha256(json.dumps(keys).encode()).hexdigest(),
         channel_sum=tuple(exact.sum(axis=0).tolist()),
         channel_square_sum=tuple(np.square(exact).sum(axis=0).tolist()),
         skipped=tuple(skipped),
+        num_texts=int((text_tokens > 0).sum()),
+        num_text_tokens=int(text_tokens.sum()),
     )
 
 
@@ -205,8 +242,14 @@ def make_unit(
         variant [n, 2]      index of the transform, and 1 if the image was mirrored
         latents             [sum N, c], or [sum N, 2c] with log-variances
 
-    and as metadata `keys`, a JSON list. All but the latents is int64: safetensors sorts tensors by
-    the width of their type, and so one read from the front gives everything about the rows.
+    in a cache with texts, of m images in the order of their first rows, these too:
+
+        text_offsets [m + 1]    image j has text tokens text_offsets[j] to text_offsets[j + 1]
+        text                    [sum K, D]
+
+    and as metadata `keys`, a JSON list. All but latents and text is int64: safetensors sorts
+    tensors by the width of their type, then by name, and so one read from the front gives
+    everything about the rows.
     """
     values = [
         row.latent if row.log_variance is None else torch.cat([row.latent, row.log_variance], 1)
@@ -223,10 +266,27 @@ def make_unit(
         "label": np.array([row.label for row in rows]),
         "variant": np.array([(row.transform, row.flipped) for row in rows]).reshape(-1, 2),
     }
+    stored = {"latents": latents}
+    if identity.text is not None:
+        texts = _texts_of_images(rows, identity.text.channels)
+        tables["text_offsets"] = np.cumsum([0, *map(len, texts)])
+        stored["text"] = torch.cat(texts or [_no_text(identity.text.channels)]).to(latents.dtype)
     keys = json.dumps([row.key for row in rows])
     tensors = {key: torch.from_numpy(table.astype(np.int64)) for key, table in tables.items()}
-    data = save(tensors | {"latents": latents}, metadata={"keys": keys})
+    data = save(tensors | stored, metadata={"keys": keys})
     return data, describe_unit(name, data, skipped)
+
+
+def _texts_of_images(rows: Sequence[LatentRow], channels: int) -> list[Tensor]:
+    """Return the text of every image [K, D], once however many rows it has; K is 0 for none."""
+    texts: dict[str, Tensor] = {}
+    for row in rows:
+        texts.setdefault(row.key, _no_text(channels) if row.text is None else row.text)
+    return list(texts.values())
+
+
+def _no_text(channels: int) -> Tensor:
+    return torch.empty(0, channels)
 
 
 def commit_unit(cache: Folder, data: bytes, record: UnitRecord) -> None:

@@ -6,7 +6,7 @@ of its latents is read, once, and then the latents that are asked for, neighbour
 
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from typing import Any
 
@@ -43,13 +43,17 @@ class LatentCache(Dataset[LatentRow]):
     Args:
         location: folder or `s3://` prefix.
         encoder_digest: refuse the cache of another encoder.
+        texts: read the texts too, where the cache has some.
 
     Raises:
         FileNotFoundError: there is no finished cache.
         ValueError: it is of another encoder, or damaged.
     """
 
-    def __init__(self, location: str, encoder_digest: str | None = None) -> None:
+    def __init__(
+        self, location: str, encoder_digest: str | None = None, *, texts: bool = True
+    ) -> None:
+        self._with_texts = texts
         self.folder = Folder.of(location)
         self.manifest = read_manifest(self.folder)
         found = self.identity.encoder_digest
@@ -162,6 +166,9 @@ class LatentCache(Dataset[LatentRow]):
         data = self._read_bytes(records)
         variants = self._variants(records)
         identity = self.identity
+        texts: Sequence[Tensor | None] = [None] * len(records)
+        if identity.text is not None and self._with_texts:
+            texts = self.read_texts(records)
         rows = []
         for i, values in enumerate(data):
             size = int(records.height[i]), int(records.width[i])
@@ -180,9 +187,30 @@ class LatentCache(Dataset[LatentRow]):
                     transform=variants[i][0],
                     flipped=bool(variants[i][1]),
                     log_variance=log_variance,
+                    text=texts[i],
                 )
             )
         return rows
+
+    def read_texts(self, records: SampleRecords) -> list[Tensor | None]:
+        """Read the embeddings [K, D] of the texts of records, in their order; None for no text.
+
+        Raises:
+            OSError: a unit is missing or cut off, or the store failed.
+        """
+        identity = self.identity
+        assert identity.text is not None, f"{self.location} has no texts"
+        tables = self._tables(records.shard)
+        place = records.sample_id - self.first_sample[records.shard]
+        rows = zip(records.shard.tolist(), place.tolist(), strict=True)
+        bounds = np.array([tables[unit].text_bytes[i] for unit, i in rows]).reshape(-1, 2)
+        of_texts = replace(records, offset=bounds[:, 0], length=bounds[:, 1] - bounds[:, 0])
+        texts: list[Tensor | None] = [None] * len(records)
+        there = np.flatnonzero(of_texts.length).tolist()
+        for i, data in zip(there, self._read_bytes(of_texts.take(there)), strict=True):
+            values = torch.frombuffer(bytearray(data), dtype=DTYPES[identity.dtype])
+            texts[i] = values.reshape(-1, identity.text.channels)
+        return texts
 
     def uri(self, shard: int) -> str:
         """Return where a unit lies."""
@@ -295,13 +323,17 @@ class LatentStream(IterableDataset[list[LatentRow]]):
 
 @dataclass(frozen=True, eq=False)
 class _Table:
-    """What a unit says of its rows, in front of the latents; see latent_units.make_unit."""
+    """What a unit says of its rows, in front of the latents; see latent_units.make_unit.
+
+    text_bytes [n, 2]: the text of row i is bytes text_bytes[i, 0] to text_bytes[i, 1] of the file.
+    """
 
     keys: list[str]
     offsets: NDArray[np.int64]
     image_size: NDArray[np.int64]
     label: NDArray[np.int64]
     variant: NDArray[np.int64]
+    text_bytes: NDArray[np.int64]
 
 
 # A table of 512 rows takes about 100 KB.
@@ -318,24 +350,40 @@ def _load_table(uri: str, num_bytes: int, table_bytes: int, num_latents: int) ->
     try:
         header = read_header(data)
         # The values lie behind the header, and this behind its length.
-        tensors = memoryview(data)[8 + int.from_bytes(data[:8], "little") :]
+        begin = 8 + int.from_bytes(data[:8], "little")
+        tensors = memoryview(data)[begin:]
 
         def array(name: str) -> NDArray[np.int64]:
             start, stop = header[name]["data_offsets"]
             return np.frombuffer(tensors[start:stop], np.int64).reshape(header[name]["shape"])
 
+        keys = read_keys(data)
+        text_bytes = np.zeros((len(keys), 2), np.int64)
+        if "text" in header:
+            start, stop = header["text"]["data_offsets"]
+            num_tokens = max(1, header["text"]["shape"][0])
+            bounds = _bounds_of_images(keys, array("text_offsets"))
+            text_bytes = begin + start + bounds * ((stop - start) // num_tokens)
         table = _Table(
-            keys=read_keys(data),
+            keys=keys,
             offsets=array("offsets"),
             image_size=array("image_size"),
             label=array("label"),
             variant=array("variant"),
+            text_bytes=text_bytes,
         )
         if not len(table.keys) == len(table.label) == len(table.offsets) - 1 == num_latents:
             raise ValueError(f"{len(table.keys)} rows instead of {num_latents}")
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, IndexError) as error:
         raise ValueError(
             f"{uri} is damaged: {error}; `vitok latents verify` finds all that is, and says what "
             "to do"
         ) from error
     return table
+
+
+def _bounds_of_images(keys: list[str], offsets: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Return the offsets [n, 2] around what each row has in common with the rows of its image."""
+    numbers = {key: number for number, key in enumerate(dict.fromkeys(keys))}
+    image = np.array([numbers[key] for key in keys], np.int64)
+    return np.stack([offsets[image], offsets[image + 1]], axis=1)

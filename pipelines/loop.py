@@ -23,9 +23,10 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 
-from pipelines import ingest
 from pipelines.failures import Diverged, Unrecoverable
+from pipelines.ingest import object_store_bytes
 from pipelines.meter import Meter, process_metrics
+from pipelines.packed_rows import PackedRow, StepRows, iterate_steps
 from pipelines.plan import Plan
 from pipelines.runs import RunConfig
 from pipelines.tracking import Tracker
@@ -62,8 +63,8 @@ class Recipe:
         story: JSON types, kept in every checkpoint: the config, the MLflow run.
     """
 
-    step: Callable[[nn.Module, ingest.PackedRow, torch.device], dict[str, Tensor]]
-    flops: Callable[[ingest.PackedRow], float]
+    step: Callable[[nn.Module, PackedRow, torch.device], dict[str, Tensor]]
+    flops: Callable[[PackedRow], float]
     initialize: Callable[[Any], None]
     evaluate: Callable[[nn.Module, torch.device], Evaluation] | None = None
     story: dict[str, Any] = field(default_factory=dict)
@@ -183,7 +184,7 @@ def fit(
                 "store_retries": float(progress["store_retries"]),
             }
             if rank == 0:
-                metrics["object_store_gb"] = ingest.object_store_bytes() / 1e9
+                metrics["object_store_gb"] = object_store_bytes() / 1e9
         if recipe.evaluate is not None and evaluates:
             with ema.applied_to(model) if ema is not None else nullcontext():
                 evaluation = recipe.evaluate(model, device)
@@ -249,7 +250,7 @@ def train_step(
     model: nn.Module,
     optimizer: Optimizers,
     recipe: Recipe,
-    batch: ingest.StepRows,
+    batch: StepRows,
     clip_norm: float,
     device: torch.device,
     leaves: bool,
@@ -290,17 +291,26 @@ def train_step(
     )
 
 
-def _copied_to(rows: list[ingest.PackedRow], device: torch.device) -> list[ingest.PackedRow]:
-    """Return rows with their tokens on the device, copied while it computes what came before."""
+def _copied_to(rows: list[PackedRow], device: torch.device) -> list[PackedRow]:
+    """Return rows with tokens and texts on the device, copied while it computes what was before."""
     if device.type != "cuda":
         return rows
     stream, current = _copy_stream(device), torch.cuda.current_stream(device)
-    copied = []
-    for row in rows:
+
+    def copy(values: Any) -> torch.Tensor:
         with torch.cuda.stream(stream):
-            tokens = torch.as_tensor(row.tokens).pin_memory().to(device, non_blocking=True)
-        tokens.record_stream(current)
-        copied.append(replace(row, tokens=tokens))
+            copied = torch.as_tensor(values).pin_memory().to(device, non_blocking=True)
+        copied.record_stream(current)
+        return copied
+
+    copied = [
+        replace(
+            row,
+            tokens=copy(row.tokens),
+            texts=row.texts and replace(row.texts, values=copy(row.texts.values)),
+        )
+        for row in rows
+    ]
     current.wait_stream(stream)
     return copied
 
@@ -358,14 +368,14 @@ def _describe_suspects(outcome: Outcome) -> str:
     return f"Rows with a loss that is not finite hold {', '.join(suspects[:50])}"
 
 
-def _steps(first_step: int) -> Iterator[ingest.StepRows]:
+def _steps(first_step: int) -> Iterator[StepRows]:
     records = ray.train.get_dataset_shard("train").iter_batches(
         batch_size=None, batch_format="numpy", prefetch_batches=1
     )
-    yield from ingest.iterate_steps(records, first_step)
+    yield from iterate_steps(records, first_step)
 
 
-def _timed(steps: Iterator[ingest.StepRows], meter: Meter) -> Iterator[ingest.StepRows]:
+def _timed(steps: Iterator[StepRows], meter: Meter) -> Iterator[StepRows]:
     start = time.perf_counter()
     for index, step in enumerate(steps):
         if index == 0:
@@ -376,16 +386,14 @@ def _timed(steps: Iterator[ingest.StepRows], meter: Meter) -> Iterator[ingest.St
         start = time.perf_counter()
 
 
-def _report_unreadable(rows: list[ingest.PackedRow], board: Any) -> None:
+def _report_unreadable(rows: list[PackedRow], board: Any) -> None:
     for row in rows:
         for shard, key, reason in row.skipped:
             logger.warning("skipped unreadable sample %s of %s: %s", key, shard, reason)
             board.message.remote(f"skipped unreadable sample {key} of {shard}: {reason}")
 
 
-def _check_unreadable(
-    num_skipped: int, plan: Plan, done: int, rows: list[ingest.PackedRow]
-) -> None:
+def _check_unreadable(num_skipped: int, plan: Plan, done: int, rows: list[PackedRow]) -> None:
     seen = max(plan.images_before(done), _UNREADABLE_GRACE)
     if num_skipped > plan.data.max_unreadable * seen:
         lost = [f"{shard} {key}: {reason}" for row in rows for shard, key, reason in row.skipped]

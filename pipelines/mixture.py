@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from pipelines.corpus import Manifest, SampleRecords, read_samples
 from pipelines.decode import UnreadableImage, decode_adm_square, decode_rgb
 from pipelines.order import mixture_places, mixture_shares, sample_order
-from pipelines.views import SampleView, write_patches
+from pipelines.views import SampleView, Texts, write_patches
 from vitok.config import config
 
 
@@ -52,6 +52,7 @@ class Corpus:
     manifests: tuple[Manifest, ...]
     shares: tuple[int, ...]
     resizes: ClassVar[bool] = True
+    text_bytes: ClassVar[int] = 0
 
     @classmethod
     def of(cls, manifest: Manifest) -> "Corpus":
@@ -177,6 +178,10 @@ class Corpus:
         """Return where a shard lies."""
         source = int(np.searchsorted(self.first_shard, shard, side="right")) - 1
         return self.manifests[source].uris[shard - int(self.first_shard[source])]
+
+    def texts(self, records: SampleRecords) -> Texts | None:
+        """Return None: what trains on images needs no texts."""
+        return None
 
     def show(
         self, sample: bytes, views: Sequence[SampleView]

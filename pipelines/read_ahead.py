@@ -6,8 +6,8 @@ from concurrent.futures import Future, ThreadPoolExecutor
 import numpy as np
 from numpy.typing import NDArray
 
-from pipelines.ingest import PackedRow
 from pipelines.mixture import Corpus
+from pipelines.packed_rows import PackedRow
 from pipelines.whole_images import PlannedRow, Transform, load_row, plan_rows
 
 

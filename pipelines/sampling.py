@@ -21,6 +21,7 @@ from vitok.images import Latent
 from vitok.packed import layout_of
 from vitok.patches import grid_size, num_tokens
 from vitok.storage import Folder
+from vitok.texts import TextEncoder
 
 
 @dataclass(frozen=True)
@@ -31,11 +32,13 @@ class Request:
         seed: of its noise.
         label: its class; -1 for none.
         size: pixels (height, width).
+        text: [K, D], the embeddings of its text; None for no text.
     """
 
     seed: int
     label: int
     size: tuple[int, int]
+    text: torch.Tensor | None = None
 
 
 def load_dit(checkpoint: Folder, config: DiTConfig) -> DiT:
@@ -100,9 +103,46 @@ def _sample_row(
         max_images=len(requests),
         max_seqlen=max(lengths),
     ).to(device)
-    condition = Condition(labels=torch.tensor([r.label for r in requests], device=device))
+    condition = condition_of(requests, model.config).to(device)
     seeds = [request.seed for request in requests]
     return sample_latents(model, layout, condition, seeds, sampler=sampler, times=times).tokens
+
+
+def condition_of(requests: Sequence[Request], config: DiTConfig) -> Condition:
+    """Return what a model is given of some requests, in their order."""
+    labels = torch.tensor([request.label for request in requests])
+    if not config.text_channels:
+        return Condition(labels=labels)
+    text = torch.zeros(len(requests), config.text_tokens, config.text_channels)
+    text_tokens = torch.zeros(len(requests), dtype=torch.int64)
+    for slot, request in enumerate(requests):
+        if request.text is not None:
+            text_tokens[slot] = len(request.text)
+            text[slot, : len(request.text)] = request.text
+    return Condition(labels=labels, text=text, text_tokens=text_tokens)
+
+
+def embed_texts(
+    texts: Sequence[str], statistics: LatentStatistics, text_encoder: str, device: torch.device
+) -> list[torch.Tensor]:
+    """Embed texts [K, D] as those of the cache were that a model learned, in float32.
+
+    Args:
+        text_encoder: folder or Hugging Face repository; where the cache's was if empty.
+
+    Raises:
+        FileNotFoundError: the text encoder is not there.
+        ValueError: it is another than the cache's.
+    """
+    assert statistics.text is not None, "the cache had no texts"
+    location = text_encoder or statistics.text_encoder
+    encoder = TextEncoder.load(location, option="text_encoder")
+    if encoder.digest != statistics.text.encoder_digest:
+        raise ValueError(
+            f"{location} is the text encoder {encoder.digest[:12]}, and the model learned texts of "
+            f"{statistics.text.encoder_digest[:12]}; give that one as text_encoder"
+        )
+    return encoder.to(device, torch.float32)(texts, statistics.text.max_tokens)
 
 
 def whole_patches(size: tuple[int, int], patch_size: int) -> tuple[int, int]:

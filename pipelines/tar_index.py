@@ -10,7 +10,7 @@ import re
 import tarfile
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import BinaryIO, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
@@ -19,10 +19,12 @@ from pipelines.shards import MAX_IMAGE_BYTES, open_shard
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "tif", "tiff", "gif", "bmp", "avif")
 
-_MAX_CLS_BYTES = 32
 # The biggest tar header believed. tarfile reads long names and PAX records into memory whole,
 # whatever size they claim.
-_MAX_HEADER_BYTES = 64 * 2**10
+MAX_HEADER_BYTES = 64 * 2**10
+# Beside its own errors, tarfile leaks the others on headers made to confuse it.
+TAR_ERRORS = (tarfile.TarError, ValueError, IndexError, RecursionError)
+_MAX_CLS_BYTES = 32
 # Writers fill up to one record (10 KiB, 1 MiB at the very most); more zeros are a hole.
 _MAX_PADDING_BYTES = 2 * 2**20
 _CHUNK_BYTES = 2**20
@@ -100,8 +102,7 @@ def index_shard(uri: str) -> ShardIndex:
                 else:
                     rows.append((group.key, image.offset, image.length, *image.size, group.label))
                 seen.add(group.key)
-        except (tarfile.TarError, ValueError, IndexError, RecursionError) as error:
-            # Beside its own errors, those that tarfile leaks on headers made to confuse it.
+        except TAR_ERRORS as error:
             raise ValueError(
                 f"{uri}: not a readable tar archive ({error}); "
                 "write the shard again, as an uncompressed tar, or leave it out"
@@ -126,32 +127,44 @@ def index_shard(uri: str) -> ShardIndex:
     )
 
 
-def _groups(reader: "_HashingReader") -> Iterator[_Group]:
-    """The samples of a tar in its order, then a check that the tar is whole."""
-    group = None
+def sample_members(reader: Any) -> Iterator[tuple[tarfile.TarInfo, str, str]]:
+    """Yield the members of a tar that belong to samples, each with its key and its suffix.
+
+    Args:
+        reader: a file as tarfile takes it, at a header; its read refuses more than
+            MAX_HEADER_BYTES.
+
+    Raises:
+        TAR_ERRORS: it is no readable tar.
+    """
     with tarfile.open(fileobj=reader, mode="r:", encoding="utf-8") as archive:
         while (member := archive.next()) is not None:
             archive.members.clear()  # it would keep every header of the shard
             if member.size < 0:
                 raise tarfile.ReadError(f"{member.name} claims {member.size} bytes")
             name = _MEMBER_NAME.fullmatch(member.name)
-            if not member.isreg() or name is None or _METADATA_NAME.match(member.name):
-                continue
-            key, suffix = name[1], name[2].lower()
-            is_image = suffix.rpartition(".")[2] in IMAGE_EXTENSIONS
-            if not is_image and suffix not in ("cls", "json"):
-                continue
-            if group is not None and group.key != key:
-                yield group
-                group = None
-            group = group or _Group(key=key)
-            parts = re.split(r"[/\\]", member.name)
-            group.leaves_archive |= ".." in parts or parts[0] == ""
-            if is_image:
-                group.images.append(_read_image(reader, member, suffix))
-            elif suffix == "cls" and member.size <= _MAX_CLS_BYTES:
-                text = reader.read_member(member)
-                group.label = int(text) if _INTEGER.fullmatch(text) else -1
+            if member.isreg() and name is not None and not _METADATA_NAME.match(member.name):
+                yield member, name[1], name[2].lower()
+
+
+def _groups(reader: "_HashingReader") -> Iterator[_Group]:
+    """The samples of a tar in its order, then a check that the tar is whole."""
+    group = None
+    for member, key, suffix in sample_members(reader):
+        is_image = suffix.rpartition(".")[2] in IMAGE_EXTENSIONS
+        if not is_image and suffix not in ("cls", "json"):
+            continue
+        if group is not None and group.key != key:
+            yield group
+            group = None
+        group = group or _Group(key=key)
+        parts = re.split(r"[/\\]", member.name)
+        group.leaves_archive |= ".." in parts or parts[0] == ""
+        if is_image:
+            group.images.append(_read_image(reader, member, suffix))
+        elif suffix == "cls" and member.size <= _MAX_CLS_BYTES:
+            text = reader.read_member(member)
+            group.label = int(text) if _INTEGER.fullmatch(text) else -1
     if group is not None:
         yield group
     reader.check_end()
@@ -205,7 +218,7 @@ class _HashingReader:
         return self._hash.hexdigest()
 
     def read(self, num_bytes: int) -> bytes:
-        if not 0 <= num_bytes <= _MAX_HEADER_BYTES:
+        if not 0 <= num_bytes <= MAX_HEADER_BYTES:
             raise tarfile.ReadError(f"a header at byte {self._position} claims {num_bytes} bytes")
         self._last_read = self._advance(num_bytes)
         return self._last_read

@@ -13,10 +13,11 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 
 from pipelines.corpus import Manifest
-from pipelines.ingest import PackedRow, load_step
+from pipelines.ingest import load_step
 from pipelines.launch import launch, work
 from pipelines.loop import Evaluation, Recipe
 from pipelines.mixture import Corpus
+from pipelines.packed_rows import PackedRow
 from pipelines.plan import DataConfig, Plan, Stage
 from pipelines.reconstruction import (
     contact_sheet,

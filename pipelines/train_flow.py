@@ -1,20 +1,22 @@
 """Training of a flow model on cached latents: its config and its step, handed to the loop."""
 
 import json
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import ray.train
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from pipelines.failures import Unrecoverable
-from pipelines.ingest import PackedRow
 from pipelines.latent_corpus import LatentCorpus, LatentStatistics
 from pipelines.latents import LatentCache
 from pipelines.launch import launch, work
 from pipelines.loop import Evaluation, Recipe
+from pipelines.packed_rows import PackedRow
 from pipelines.plan import DataConfig, Plan, Stage
 from pipelines.runs import CONFIG_FILE, RunConfig, claim_folder
 from pipelines.sampling import (
@@ -47,7 +49,8 @@ class FlowTraining:
 
     Attributes:
         model: shape of the velocity model.
-        cache: folder or `s3://` prefix that `vitok encode` wrote: the latents and their classes.
+        cache: folder or `s3://` prefix that `vitok encode` wrote: the latents, with their classes
+            and texts.
         autoencoder: the model whose encoder made the cache, as load_autoencoder takes it; its
             decoder shows samples during training. Empty shows none.
         steps: optimizer steps.
@@ -55,12 +58,14 @@ class FlowTraining:
         row_tokens: tokens of a packed row, the unit of one forward pass.
         chunk_latents: neighbours that stay together when an epoch is shuffled, so that they are
             read in one request.
-        label_dropout: share of the images that train the null condition instead of their class.
+        label_dropout: share of the images that train the null condition instead of their class or
+            text.
         times: which times are trained, and how sampling steps are spread.
         optim: optimizer and learning rate.
         run: how and where it runs.
         sampler: of the samples that an evaluation shows.
-        eval_images: how many these are, of classes spread over all.
+        eval_images: how many these are, of classes spread over all; or of the texts of the cache's
+            first images.
         eval_size: their size in pixels (height, width).
         seed: of weights, order, times and noise.
     """
@@ -88,11 +93,6 @@ class FlowTraining:
             raise ValueError(
                 f"eval_images={self.eval_images} and eval_size={self.eval_size} must be positive"
             )
-        if self.model.text_channels:
-            raise ValueError(
-                f"model.text_channels={self.model.text_channels}, but a latent cache holds classes "
-                "and no texts; set text_channels and text_tokens to 0"
-            )
 
 
 def prepare(settings: FlowTraining) -> FlowTraining:
@@ -104,8 +104,9 @@ def prepare(settings: FlowTraining) -> FlowTraining:
     Raises:
         FileNotFoundError: the cache, or the autoencoder, is not there.
         ImportError: float8 needs a package that is not installed.
-        ValueError: the cache has other channels than the model, or was made by another encoder; the
-            run's folder holds a run with another config.
+        ValueError: the cache has other channels than the model, or was made by another encoder, or
+            has not the texts that the model is conditioned on; the run's folder holds a run with
+            another config.
     """
     if not settings.cache:
         raise ValueError(
@@ -126,6 +127,7 @@ def prepare(settings: FlowTraining) -> FlowTraining:
             f"model.latent_channels={settings.model.latent_channels}, but the latents of "
             f"{corpus.location} have {channels}; set it to that, or take another cache"
         )
+    _require_texts(settings.model, corpus)
     if settings.autoencoder:
         encoder = load_autoencoder(settings.autoencoder, part="encoder")
         LatentCache(settings.cache, encoder_digest(encoder))
@@ -137,6 +139,28 @@ def prepare(settings: FlowTraining) -> FlowTraining:
         STATISTICS_FILE, json.dumps(to_dict(corpus.statistics), indent=1) + "\n"
     )
     return settings
+
+
+def _require_texts(model: DiTConfig, corpus: LatentCorpus) -> None:
+    """Check that a cache has the texts that a model is conditioned on, if it is.
+
+    Raises:
+        ValueError: it has none, or such of another shape.
+    """
+    wanted = f"model.text_channels={model.text_channels} and model.text_tokens={model.text_tokens}"
+    found = corpus.identity.text
+    if model.text_channels == 0:
+        return
+    if found is None or corpus.manifest.num_texts == 0:
+        raise ValueError(
+            f"{wanted}, but {corpus.location} holds no texts; make a cache with `vitok encode "
+            "--text-encoder`, or set both to 0"
+        )
+    if (model.text_channels, model.text_tokens) != (found.channels, found.max_tokens):
+        raise ValueError(
+            f"{wanted}, but the texts of {corpus.location} have {found.channels} channels and at "
+            f"most {found.max_tokens} tokens; set them to that, or take another cache"
+        )
 
 
 def run_training(settings: FlowTraining) -> Folder:
@@ -181,7 +205,7 @@ def read_statistics(run: Folder) -> LatentStatistics:
 
 def corpus_of(settings: FlowTraining) -> LatentCorpus:
     """Return the latents of a training."""
-    return LatentCorpus(settings.cache)
+    return LatentCorpus(settings.cache, texts=bool(settings.model.text_channels))
 
 
 def plan_of(settings: FlowTraining) -> Plan:
@@ -239,28 +263,53 @@ def flow_step(
     return flow_loss(
         model,
         corpus.to_packed(row, device),
-        Condition(labels=torch.from_numpy(row.label).to(device, non_blocking=True)),
+        condition_of_row(corpus, row, device),
         draws.to(device),
         settings.times,
         dropout=settings.label_dropout,
     )
 
 
-def shown_requests(settings: FlowTraining, patch_size: int) -> list[Request]:
-    """Return the samples that every evaluation shows: the same seeds, so that they compare."""
-    size = whole_patches(settings.eval_size, patch_size)
-    labels = spread_classes(settings.eval_images, settings.model.num_classes)
-    return [Request(seed, label, size) for seed, label in enumerate(labels)]
+def condition_of_row(corpus: LatentCorpus, row: PackedRow, device: torch.device) -> Condition:
+    """Return what the images of a row are conditioned on, on the device."""
+    labels = torch.from_numpy(row.label).to(device, non_blocking=True)
+    if row.texts is None:
+        return Condition(labels=labels)
+    return Condition(
+        labels=labels,
+        text=corpus.to_embeddings(row.texts, device),
+        text_tokens=torch.from_numpy(row.texts.num_tokens).to(device, non_blocking=True),
+    )
+
+
+def shown_requests(settings: FlowTraining, corpus: LatentCorpus) -> list[Request]:
+    """Return the samples that every evaluation shows: the same seeds, so that they compare.
+
+    Their classes are spread over all; a model of texts is given those of the cache's first images,
+    with their classes.
+    """
+    size = whole_patches(settings.eval_size, corpus.identity.patch_size)
+    model = settings.model
+    if model.text_channels:
+        records = corpus.records(np.arange(min(settings.eval_images, len(corpus))))
+        labels = records.label if model.num_classes else np.full(len(records), -1)
+        conditions = zip(labels.tolist(), corpus.read_texts(records), strict=True)
+        return [Request(seed, label, size, text) for seed, (label, text) in enumerate(conditions)]
+    classes = spread_classes(settings.eval_images, model.num_classes)
+    return [Request(seed, label, size) for seed, label in enumerate(classes)]
 
 
 def sample_on_all_ranks(
-    model: nn.Module, settings: FlowTraining, statistics: LatentStatistics, device: torch.device
+    model: nn.Module,
+    settings: FlowTraining,
+    requests: Sequence[Request],
+    statistics: LatentStatistics,
+    device: torch.device,
 ) -> list[Latent]:
     """Share the samples of an evaluation among the ranks, which a sharded model needs.
 
     Called by every rank; complete on all of them.
     """
-    requests = shown_requests(settings, statistics.patch_size)
     rank, world_size = dist.get_rank(), dist.get_world_size()
     # Each forward pass is a collective: every rank samples as many images, some of them twice.
     each = -(-len(requests) // world_size)
@@ -288,12 +337,13 @@ def _worker(given: dict[str, Any]) -> None:
     decoder: Autoencoder | None = None
     if settings.autoencoder and ray.train.get_context().get_world_rank() == 0:
         decoder = load_autoencoder(settings.autoencoder, part="decoder")
+    requests = shown_requests(settings, corpus) if settings.autoencoder else []
 
     def step(model: nn.Module, row: PackedRow, device: torch.device) -> dict[str, Tensor]:
         return flow_step(settings, corpus, model, row, device)
 
     def evaluate(model: nn.Module, device: torch.device) -> Evaluation:
-        latents = sample_on_all_ranks(model, settings, corpus.statistics, device)
+        latents = sample_on_all_ranks(model, settings, requests, corpus.statistics, device)
         return Evaluation({}, {"samples": draw_sheet(decoder, latents)} if decoder else {})
 
     recipe = Recipe(

@@ -156,7 +156,12 @@ def _damage_of_sums(books: _Books, records: list[UnitRecord]) -> Iterator[str]:
         manifest.identity, manifest.source_digest, sources, records, manifest.code_version
     )
     # Rows are compared, not files: another version of Parquet writes the same rows otherwise.
-    again = replace(again, index=manifest.index, index_sha256=manifest.index_sha256).signed()
+    again = replace(
+        again,
+        index=manifest.index,
+        index_sha256=manifest.index_sha256,
+        text_encoder=manifest.text_encoder,
+    ).signed()
     if again != manifest or index_rows(sources, records) != books.rows:
         yield (
             f"{books.folder.uri}/{MANIFEST_FILE} contradicts the units; delete it and run "

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from typing import Any, Protocol
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from pipelines.corpus import SampleRecords
@@ -37,6 +38,29 @@ class SampleView:
     def num_tokens(self, patch_size: int) -> int:
         """Patches that the resized crop has."""
         return num_tokens(*self.size, patch_size)
+
+
+@dataclasses.dataclass(frozen=True)
+class Texts:
+    """The embedded texts of some samples, padded to one length.
+
+    Attributes:
+        values: [n, K, D], bits of the embeddings; 0 behind the end of a text. A tensor where it
+            lies on a device already.
+        num_tokens: [n] int64, tokens of each text; 0 for none.
+    """
+
+    values: NDArray[Any] | torch.Tensor
+    num_tokens: NDArray[np.int64]
+
+    def in_slots(self, places: Sequence[int], num_slots: int) -> "Texts":
+        """Return the texts at some places in the first slots of a row; the others have none."""
+        found = np.asarray(self.values)
+        values = np.zeros((num_slots, *found.shape[1:]), found.dtype)
+        num_tokens = np.zeros(num_slots, np.int64)
+        values[: len(places)] = found[places]
+        num_tokens[: len(places)] = self.num_tokens[places]
+        return Texts(values, num_tokens)
 
 
 class Samples(Protocol):
@@ -79,6 +103,13 @@ class Samples(Protocol):
 
     def read(self, records: SampleRecords) -> Sequence[Any]:
         """Read the samples of records, in their order."""
+
+    @property
+    def text_bytes(self) -> int:
+        """Bytes that a row holds for the text of a sample; 0 without texts."""
+
+    def texts(self, records: SampleRecords) -> Texts | None:
+        """Read the texts of records, in their order; None for samples without texts."""
 
     def show(
         self, sample: Any, views: Sequence[SampleView]

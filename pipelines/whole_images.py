@@ -7,8 +7,9 @@ import numpy as np
 
 from pipelines.corpus import SampleRecords
 from pipelines.decode import UnreadableImage
-from pipelines.ingest import PackedRow, decode_views, load_rows, pack_pixels
+from pipelines.ingest import decode_views, load_rows, pack_pixels
 from pipelines.mixture import Corpus
+from pipelines.packed_rows import PackedRow
 from pipelines.packing import pack_best_fit
 from pipelines.views import SampleView
 from vitok.config import config

@@ -5,9 +5,13 @@ import json
 from pathlib import Path
 from typing import Any, TypeVar, dataclass_transform, get_args
 
-from pydantic import ConfigDict, TypeAdapter, ValidationError
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
 ConfigT = TypeVar("ConfigT")
+
+# As in Annotated[int, UNLESS_EMPTY]: the field is written only where it says something, so that
+# files that are older than it, and digests of them, stay what they are.
+UNLESS_EMPTY = Field(exclude_if=lambda value: not value)
 
 
 @dataclass_transform(frozen_default=True, kw_only_default=True)

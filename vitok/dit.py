@@ -163,6 +163,11 @@ class Condition:
             else torch.where(keeps_S, self.text_tokens, 0),
         )
 
+    def to(self, device: torch.device) -> "Condition":
+        """Return a copy on another device."""
+        given = {name: value for name, value in vars(self).items() if value is not None}
+        return Condition(**{name: value.to(device) for name, value in given.items()})
+
     def null(self) -> "Condition":
         """Return the null condition for the same images."""
         return self.where(torch.zeros_like(self.labels, dtype=torch.bool))

@@ -7,12 +7,13 @@ the images of the row.
 
 from math import isqrt
 from pathlib import Path
-from typing import Any, Self
+from typing import Self
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from vitok.networks import load_network
 from vitok.packed import PackedTokens
 from vitok.tiles import gather_tiles
 
@@ -35,42 +36,13 @@ def load_dino(weights: str, option: str) -> nn.Module:
         FileNotFoundError: the weights are not there.
         ValueError: they are of another network, or not whole.
     """
-    from transformers import DINOv3ViTModel
-    from transformers.utils import logging
-
-    # The screen belongs to the caller.
-    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
-    try:
-        loaded: Any = DINOv3ViTModel.from_pretrained(
-            weights,
-            local_files_only=not Path(weights).is_dir(),
-            ignore_mismatched_sizes=True,  # or it raises before the report
-            output_loading_info=True,
-        )
-    except OSError as error:
-        raise FileNotFoundError(
-            f"no DINOv3 weights at {weights!r}; request access to {DINO_REPOSITORY} on Hugging "
-            f"Face, download it with `hf download {DINO_REPOSITORY} --local-dir FOLDER`, and "
-            f"set {option} to FOLDER"
-        ) from error
-    network, report = loaded
-    # transformers draws at random what it does not find.
-    wrong = [
-        f"{name} {complaint}"
-        for complaint, names in (
-            ("missing", report["missing_keys"]),
-            ("of another shape", (name for name, *_ in report["mismatched_keys"])),
-            ("not expected", report["unexpected_keys"]),
-        )
-        for name in sorted(names)
-    ]
-    if wrong:
-        more = f" and {len(wrong) - 5} more" if len(wrong) > 5 else ""
-        raise ValueError(
-            f"{weights} does not hold a whole DINOv3: {'; '.join(wrong[:5])}{more}; download "
-            f"{DINO_REPOSITORY} again"
-        )
-    return network.eval().requires_grad_(False)
+    return load_network(
+        "DINOv3ViTModel",
+        weights,
+        what="DINOv3",
+        remedy=f"request access to {DINO_REPOSITORY} on Hugging Face, download it with "
+        f"`hf download {DINO_REPOSITORY} --local-dir FOLDER`, and set {option} to FOLDER",
+    )
 
 
 class DinoTileLoss(nn.Module):

@@ -17,8 +17,9 @@ from transformers import DINOv3ViTConfig, DINOv3ViTModel
 
 from jobs.command_lines import read_recipe
 from jobs.recipes import TRAINING
-from pipelines.ingest import StepRows, load_step
+from pipelines.ingest import load_step
 from pipelines.loop import Recipe, train_step
+from pipelines.packed_rows import StepRows
 from pipelines.plan import Stage
 from pipelines.runs import next_step
 from pipelines.tracking import TrackingConfig, tracking_uri

@@ -4,10 +4,11 @@ from pathlib import Path
 
 import torch
 
-from pipelines.cache_latents import LatentCaching, complete, finish_cache, identity_of, name_of
+from pipelines.cache_latents import finish_cache, identity_of, load_text_encoder, name_of
+from pipelines.caching_config import LatentCaching, complete
 from pipelines.corpus import Manifest
-from pipelines.encode_units import Encoder, finish_unit, prepare_unit, units_of
-from pipelines.latent_units import claim_cache, commit_unit, committed_units
+from pipelines.encode_units import Encoder, embed_captions, finish_unit, prepare_unit, units_of
+from pipelines.latent_units import DTYPES, claim_cache, commit_unit, committed_units
 from pipelines.train_autoencoder import load_autoencoder
 from vitok.storage import Folder
 
@@ -21,14 +22,17 @@ def encode_all(settings: LatentCaching) -> None:
     claim_cache(cache, identity)
     units = units_of(source, settings.unit_samples)
     encode = Encoder(load_autoencoder(settings.model, part="encoder"), identity)
+    dtype = DTYPES[identity.compute_dtype]
+    encoder = load_text_encoder(settings).to(encode.device, dtype) if identity.text else None
     committed = committed_units(cache)
     for unit in units:
         if name_of(identity, source, unit) in committed:
             continue
         prepared = prepare_unit(source, unit, identity)
         values = encode(prepared.rows)
+        texts = embed_captions(encoder, identity, prepared.captions) if encoder else {}
         data, record = finish_unit(
-            source, unit, identity, prepared.members, values, prepared.skipped
+            source, unit, identity, prepared.members, values, prepared.skipped, texts
         )
         commit_unit(cache, data, record)
     finish_cache(settings, identity, source, units)

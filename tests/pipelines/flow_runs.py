@@ -10,11 +10,17 @@ import torch.distributed as dist
 
 from pipelines.ingest import load_step
 from pipelines.latent_corpus import LatentCorpus
-from pipelines.latent_units import LatentRow
+from pipelines.latent_units import LatentRow, TextIdentity
 from pipelines.runs import RunConfig
 from pipelines.train_flow import FlowTraining, flow_step, plan_of
 from pipelines.whole_images import Transform
-from tests.pipelines.small_caches import CHANNELS, IDENTITY, latent_rows, write_small_cache
+from tests.pipelines.small_caches import (
+    CHANNELS,
+    IDENTITY,
+    latent_rows,
+    with_texts,
+    write_small_cache,
+)
 from vitok.autoencoder import Autoencoder
 from vitok.checkpoint import TrainState
 from vitok.dit import DiT, DiTConfig
@@ -27,22 +33,34 @@ from vitok.variants import AutoencoderConfig
 GRIDS = [(2, 3), (4, 4), (1, 5), (3, 3), (2, 2), (4, 1), (3, 5)]
 
 
-def flow_training(folder: Path, grids: Sequence[tuple[int, int]] = GRIDS) -> FlowTraining:
+def flow_training(
+    folder: Path,
+    grids: Sequence[tuple[int, int]] = GRIDS,
+    text: TextIdentity | None = None,
+    text_encoder: str = "",
+) -> FlowTraining:
     """Return a training of 8 steps that a core does in seconds.
 
     Writes its autoencoder, which nobody trained, and four units of latents that it never saw.
+
+    Args:
+        text: latents have texts too, and the model is conditioned on them beside the classes.
+        text_encoder: where the cache says that their encoder was.
     """
     autoencoder = small_autoencoder()
     autoencoder.save_pretrained(folder / "autoencoder")
     units: dict[str, list[LatentRow]] = {
         f"{unit:04d}": latent_rows(grids, seed=unit) for unit in range(4)
     }
+    if text is not None:
+        units = {name: with_texts(rows, int(name), text) for name, rows in units.items()}
     identity = replace(
         IDENTITY,
         transforms=(Transform(token_budget=16),),
         encoder_digest=encoder_digest(autoencoder),
+        text=text,
     )
-    write_small_cache(folder / "cache", units, identity)
+    write_small_cache(folder / "cache", units, identity, text_encoder)
     return FlowTraining(
         model=DiTConfig(
             latent_channels=CHANNELS,
@@ -50,6 +68,8 @@ def flow_training(folder: Path, grids: Sequence[tuple[int, int]] = GRIDS) -> Flo
             depth=2,
             heads=2,
             num_classes=len(grids) - 1,
+            text_channels=text.channels if text else 0,
+            text_tokens=text.max_tokens if text else 0,
             layer_scale=0.5,
             position_grid=4,
         ),

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from jobs import cli, recipes
 from pipelines import train_autoencoder
-from pipelines.ingest import PackedRow
+from pipelines.packed_rows import PackedRow
 from pipelines.train_autoencoder import AutoencoderTraining
 from vitok.config import read_config
 

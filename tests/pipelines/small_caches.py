@@ -10,6 +10,7 @@ from pipelines.latent_manifest import LatentManifest, UnitSource, write_manifest
 from pipelines.latent_units import (
     CacheIdentity,
     LatentRow,
+    TextIdentity,
     UnitRecord,
     claim_cache,
     commit_unit,
@@ -46,6 +47,20 @@ def latent_rows(grids: Sequence[tuple[int, int]], seed: int) -> list[LatentRow]:
     ]
 
 
+TEXT = TextIdentity(encoder_digest="t" * 64, channels=3, max_tokens=4)
+
+
+def with_texts(rows: Sequence[LatentRow], seed: int, text: TextIdentity = TEXT) -> list[LatentRow]:
+    """Give images texts of 0 (none) to max_tokens tokens in turn; rows of one key have one text."""
+    generator = torch.Generator().manual_seed(seed)
+    texts: dict[str, torch.Tensor | None] = {}
+    for number, key in enumerate(dict.fromkeys(row.key for row in rows)):
+        length = number % (text.max_tokens + 1)
+        values = torch.randn(length, text.channels, generator=generator)
+        texts[key] = values.bfloat16() if length else None
+    return [replace(row, text=texts[row.key]) for row in rows]
+
+
 UNITS = {
     "aaaa": latent_rows([(1, 1), (3, 7), (8, 8)], seed=1),
     "bbbb": [],  # a slice of which nothing was readable
@@ -68,6 +83,7 @@ def write_small_cache(
     location: str | Path,
     units: dict[str, list[LatentRow]] = UNITS,
     identity: CacheIdentity = IDENTITY,
+    text_encoder: str = "",
 ) -> LatentManifest:
     """Write a finished cache of some units."""
     folder = Folder.of(str(location))
@@ -77,7 +93,7 @@ def write_small_cache(
         UnitSource(shard=f"s3://shards/{name}.tar", shard_digest="d" * 64, start=0, stop=8)
         for name in units
     ]
-    return write_manifest(folder, identity, "s" * 64, sources, records)
+    return write_manifest(folder, identity, "s" * 64, sources, records, text_encoder)
 
 
 def many_units(num_units: int, rows_per_unit: int) -> dict[str, list[LatentRow]]:

@@ -11,7 +11,8 @@ import pytest
 import torch
 from safetensors.torch import load
 
-from pipelines.cache_latents import LatentCaching, _Steps, cache_latents, complete, identity_of
+from pipelines.cache_latents import _Steps, cache_latents, identity_of
+from pipelines.caching_config import LatentCaching, complete
 from pipelines.corpus import Manifest, build_manifest, read_samples, write_shards
 from pipelines.decode import decode_rgb
 from pipelines.encode_units import Encoder, Unit, finish_unit, prepare_unit, units_of
@@ -22,6 +23,7 @@ from pipelines.train_autoencoder import load_autoencoder
 from pipelines.verify_latents import verify_here
 from tests.conftest import tiny_model
 from tests.pipelines.encoding_process import encode_all, files_of
+from tests.vitok.text_encoders import save_text_encoder
 from vitok.autoencoder import Autoencoder
 from vitok.initialize import start_at_random
 from vitok.packed import pack_images
@@ -366,37 +368,53 @@ def test_cache_of_another_transform_or_encoder_is_refused(caching: LatentCaching
 
 
 def test_unreadable_samples_are_recorded_and_too_many_fail_with_their_names(
-    ray_cluster: None, caching: LatentCaching, tmp_path: Path
+    ray_cluster: None, caching: LatentCaching, tmp_path: Path, one_thread: None
 ) -> None:
     source = Manifest.load(caching.manifest)
     records = source.records(np.arange(12))
     samples = [
         # The header survives, so that the manifest lists it; the pixels are cut off.
         {"__key__": f"k{i:02d}", "jpg": data[: len(data) // 2] if i in (3, 7) else data, "cls": i}
+        | {"txt": b"\xff" if i == 9 else b"red " * i}
         for i, data in enumerate(read_samples(source, records))
     ]
     shards = write_shards(samples, tmp_path / "shards", "damaged", 12)
     manifest = build_manifest(shards, tmp_path / "manifest")
     assert manifest.num_samples == 12
-    damaged = replace(caching, manifest=str(manifest.path), max_unreadable=0.1)
+    damaged = replace(
+        caching,
+        manifest=str(manifest.path),
+        text_encoder=str(save_text_encoder(tmp_path / "t5")),
+        text_tokens=8,
+        max_unreadable=0.1,
+    )
     with pytest.raises(
-        RuntimeError, match=r"2 of 12 samples were unreadable.*max_unreadable=0\.1.*k03: trunc.*k07"
+        RuntimeError,
+        match=r"3 of 12 samples were unreadable.*max_unreadable=0\.1.*k03: trunc.*k07.*k09: capt",
     ):
         cache_latents(damaged)
     with pytest.raises(FileNotFoundError):
         LatentCache(damaged.out)
 
     before = times_of(damaged.out)
-    found = cache_latents(replace(damaged, max_unreadable=0.2))
+    damaged = replace(damaged, max_unreadable=0.3)
+    found = cache_latents(damaged)
     assert times_of(damaged.out) == before, "what is committed is never encoded again"
-    assert found.num_images == 10
+    left = [i for i in range(12) if i not in (3, 7, 9)]
+    assert found.num_images == len(left)
     skipped = list_skipped(read_index(Folder.of(damaged.out), found))
-    assert [row["key"] for row in skipped] == ["k03", "k07"]
+    assert [row["key"] for row in skipped] == ["k03", "k07", "k09"]
     assert "truncated" in skipped[0]["reason"]
-    assert found.num_skipped == 2
+    assert found.num_skipped == 3
     rows = list(LatentCache(damaged.out))
-    assert [row.key for row in rows] == [f"k{i:02d}" for i in range(12) if i not in (3, 7)]
-    assert [row.label for row in rows] == [i for i in range(12) if i not in (3, 7)]
+    assert [row.key for row in rows] == [f"k{i:02d}" for i in left]
+    assert [row.label for row in rows] == left
+    lengths = [0 if row.text is None else len(row.text) for row in rows]
+    assert lengths == [0, *(min(8, i + 1) for i in left[1:])]
+    assert found.text_encoder == damaged.text_encoder
+    alone = replace(damaged, out=str(tmp_path / "alone"))
+    encode_all(alone)
+    assert files_of(alone.out) == files_of(damaged.out)
 
 
 @pytest.mark.parametrize(

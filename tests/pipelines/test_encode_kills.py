@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 
 from pipelines import cache_latents as module
-from pipelines.cache_latents import LatentCaching, cache_latents
+from pipelines.cache_latents import cache_latents
+from pipelines.caching_config import LatentCaching
 from pipelines.latents import LatentCache
 from pipelines.verify_latents import verify_here
 from tests.pipelines.encoding_process import encode_all, files_of

@@ -5,7 +5,8 @@ import pytest
 import torch
 
 from pipelines import estimate_latents
-from pipelines.cache_latents import LatentCaching, complete, identity_of
+from pipelines.cache_latents import identity_of
+from pipelines.caching_config import LatentCaching, complete
 from pipelines.corpus import Manifest
 from pipelines.estimate_latents import Rates, estimate_size, measure_rates
 from pipelines.latents import LatentCache

@@ -16,7 +16,7 @@ from pipelines.decode import decode_rgb
 from pipelines.evaluate import EvaluationResult, evaluate, statistics_name
 from pipelines.evaluation_config import EvaluationConfig
 from pipelines.evaluation_worker import OK, ExtractorConfig
-from pipelines.ingest import PackedRow
+from pipelines.packed_rows import PackedRow
 from pipelines.reconstruction import ImageResult
 from pipelines.subjects import Subject, SubjectFacts
 from pipelines.train_autoencoder import load_autoencoder

@@ -24,7 +24,13 @@ from pipelines.generate import (
 )
 from pipelines.runs import latest_checkpoint
 from pipelines.sampling import Request, sample_requests, spread_classes, whole_patches
-from pipelines.train_flow import FlowTraining, prepare, read_statistics, shown_requests
+from pipelines.train_flow import (
+    FlowTraining,
+    corpus_of,
+    prepare,
+    read_statistics,
+    shown_requests,
+)
 from tests.pipelines.flow_runs import flow_training, write_checkpoint
 from tests.pipelines.small_caches import CHANNELS
 from vitok.flow import SamplerConfig
@@ -113,7 +119,7 @@ def test_images_have_the_size_that_was_asked_for(finished_run) -> None:
 
 
 def test_shown_samples_spread_over_the_classes_with_seeds_of_their_own(finished_run) -> None:
-    requests = shown_requests(finished_run, 16)
+    requests = shown_requests(finished_run, corpus_of(finished_run))
     assert [(r.seed, r.label, r.size) for r in requests] == [
         (0, 0, (32, 48)),
         (1, 2, (32, 48)),

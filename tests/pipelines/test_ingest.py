@@ -12,6 +12,7 @@ from pipelines import ingest
 from pipelines.corpus import SampleRecords, build_manifest, write_shards
 from pipelines.decode import decode_rgb
 from pipelines.mixture import Corpus, Source
+from pipelines.packed_rows import StepRows, iterate_steps, record_of
 from pipelines.plan import DataConfig, Plan, Stage
 from vitok.packed import unpack_images
 
@@ -34,16 +35,16 @@ def plan(sample_manifests: tuple[Path, Path]) -> Plan:
     )
 
 
-def consume(plan: Plan, first_step: int, num_workers: int) -> list[list[ingest.StepRows]]:
+def consume(plan: Plan, first_step: int, num_workers: int) -> list[list[StepRows]]:
     """Read a training's dataset on concurrent consumers, as the training workers do."""
     dataset = ingest.training_dataset(plan, first_step, num_workers)
     dataset.context.execution_options = ingest.execution_options(plan)
     iterators = dataset.streaming_split(num_workers, equal=True)
-    steps: list[list[ingest.StepRows]] = [[] for _ in range(num_workers)]
+    steps: list[list[StepRows]] = [[] for _ in range(num_workers)]
 
     def read(worker: int) -> None:
         records = iterators[worker].iter_batches(batch_size=None, prefetch_batches=1)
-        steps[worker] = list(ingest.iterate_steps(records, first_step))
+        steps[worker] = list(iterate_steps(records, first_step))
 
     threads = [threading.Thread(target=read, args=(worker,)) for worker in range(num_workers)]
     for thread in threads:
@@ -94,10 +95,10 @@ def test_several_tasks_plan_in_order(
 
 
 def test_a_step_out_of_turn_is_refused(plan: Plan) -> None:
-    records = [ingest._record(ingest.load_step(plan, step), {}) for step in (2, 3)]
-    assert [step.step for step in ingest.iterate_steps(records, 2)] == [2, 3]
+    records = [record_of(ingest.load_step(plan, step), {}) for step in (2, 3)]
+    assert [step.step for step in iterate_steps(records, 2)] == [2, 3]
     with pytest.raises(RuntimeError, match="data of step 2 arrived where step 1 was due"):
-        list(ingest.iterate_steps(records, 1))
+        list(iterate_steps(records, 1))
 
 
 def test_packed_pixels_are_the_planned_crops(plan: Plan) -> None:

@@ -20,9 +20,10 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from pipelines.corpus import Manifest, SampleRecords
-from pipelines.ingest import PackedRow, StepRows, iterate_steps, training_dataset
+from pipelines.ingest import training_dataset
 from pipelines.mixture import Corpus
 from pipelines.order import mixture_shares
+from pipelines.packed_rows import PackedRow, StepRows, iterate_steps
 from pipelines.plan import DataConfig, Plan, Stage
 
 PATCH_SIZE = 4

@@ -17,15 +17,9 @@ from PIL import Image
 
 from pipelines import objects, stores
 from pipelines.corpus import Manifest, SampleRecords, index_shard, write_manifest, write_shards
-from pipelines.ingest import (
-    PackedRow,
-    StepRows,
-    execution_options,
-    iterate_steps,
-    load_step,
-    training_dataset,
-)
+from pipelines.ingest import execution_options, load_step, training_dataset
 from pipelines.mixture import Corpus
+from pipelines.packed_rows import PackedRow, StepRows, iterate_steps
 from pipelines.plan import DataConfig, Plan, Stage
 from tests.pipelines.faulty_store import FAULTS, FaultyProxy, rarely, running
 

@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from pipelines.cache_latents import LatentCaching
+from pipelines.caching_config import LatentCaching
 from pipelines.judge_latents import judge_latents
 from pipelines.latents import LatentCache
 from pipelines.train_autoencoder import load_autoencoder

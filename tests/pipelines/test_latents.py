@@ -22,6 +22,7 @@ from tests.pipelines.small_caches import (
     CHANNELS,
     IDENTITY,
     ROWS,
+    TEXT,
     UNITS,
     latent_rows,
     many_units,
@@ -318,6 +319,7 @@ def test_unit_name_depends_on_everything_that_its_bytes_depend_on() -> None:
         {"libraries": "torch 1"},
         {"row_tokens": 65},
         {"unit_samples": 9},
+        {"text": TEXT},
     ]
     assert {name for change in changes for name in change} == set(vars(IDENTITY)) - {"digest"}
     names = {

@@ -2,7 +2,7 @@
 
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +12,14 @@ import torch
 from pipelines import latents as latents_module
 from pipelines import objects
 from pipelines.cache_files import create_file, file_names, read_file, remove_file
+from pipelines.captions import read_captions
+from pipelines.corpus import build_manifest
 from pipelines.latent_units import committed_units
 from pipelines.latents import LatentCache
 from pipelines.verify_latents import verify_here
+from tests.pipelines.captioned_shards import jpeg, write_tar
 from tests.pipelines.faulty_store import FAULTS, PUT_FAULTS, FaultyProxy, rarely, running
-from tests.pipelines.small_caches import many_units, write_small_cache
+from tests.pipelines.small_caches import IDENTITY, TEXT, many_units, with_texts, write_small_cache
 from vitok.storage import Folder
 
 UNITS = many_units(30, 4)
@@ -68,27 +71,49 @@ def store(monkeypatch: pytest.MonkeyPatch) -> Iterator[Store]:
 
 def test_cache_in_a_failing_store_equals_that_on_a_disk(store: Store, tmp_path: Path) -> None:
     local = tmp_path / "cache"
-    write_small_cache(local, UNITS)
+    identity = replace(IDENTITY, text=TEXT)
+    units = {name: with_texts(rows, seed=i) for i, (name, rows) in enumerate(UNITS.items())}
+    write_small_cache(local, units, identity)
     store.proxy.schedule = rarely(0.15, 1, GET_FAULTS)
     store.proxy.put_schedule = rarely(0.3, 2, PUT_FAULTS)
-    write_small_cache("s3://latents/cache", UNITS)
+    write_small_cache("s3://latents/texts", units, identity)
     expected = {str(f.relative_to(local)): f.read_bytes() for f in local.rglob("*") if f.is_file()}
-    assert store.contents("cache/") == expected
-    folder = Folder("s3://latents/cache")
+    assert store.contents("texts/") == expected
+    folder = Folder("s3://latents/texts")
     assert committed_units(folder) == set(UNITS)
 
     latents_module._load_table.cache_clear()
-    far, near = LatentCache("s3://latents/cache"), LatentCache(str(local))
+    far, near = LatentCache("s3://latents/texts"), LatentCache(str(local))
     order = torch.randperm(len(near), generator=torch.Generator().manual_seed(0)).tolist()
     for start in range(0, len(order), 40):
         batch = order[start : start + 40]
         for a, b in zip(far.__getitems__(batch), near.__getitems__(batch), strict=True):
             assert (a.key, a.grid, a.label) == (b.key, b.grid, b.label)
             assert torch.equal(a.latent, b.latent)
-    assert verify_here("s3://latents/cache") == verify_here(str(local))
+            assert (a.text is None) == (b.text is None)
+            assert a.text is None or torch.equal(a.text, b.text)
+    assert verify_here("s3://latents/texts") == verify_here(str(local))
     assert sum(store.proxy.injected.values()) > 40
     assert len(store.proxy.injected) >= 7, "faults of many kinds"
     assert objects.retry_counts() == store.proxy.expected_retries()
+
+
+def test_captions_in_a_failing_store_are_those_on_a_disk(store: Store, tmp_path: Path) -> None:
+    members = [
+        (f"k{i:03d}.{suffix}", data)
+        for i in range(200)
+        for suffix, data in (("jpg", jpeg(i)), ("txt", f"caption {i}".encode()))
+    ]
+    shard = Path(write_tar(tmp_path / "shard.tar", members))
+    store.client.put_object(Bucket="latents", Key="shard.tar", Body=shard.read_bytes())
+    source = build_manifest(["s3://latents/shard.tar"], tmp_path / "manifest")
+    store.proxy.reset()
+    store.proxy.schedule = rarely(0.5, 3, GET_FAULTS)
+    for start, stop in ((0, 200), (50, 60), (199, 200)):
+        captions, bad = read_captions(source, 0, start, stop)
+        assert (captions, bad) == ([f"caption {i}" for i in range(start, stop)], {})
+    assert sum(store.proxy.injected.values()) > 0
+    assert len(store.proxy.requests) == 3 + sum(store.proxy.injected.values()), "few and large"
 
 
 def test_only_ranges_of_units_are_fetched(store: Store) -> None:

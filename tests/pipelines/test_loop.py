@@ -10,8 +10,9 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 
 from pipelines.failures import Unrecoverable
-from pipelines.ingest import PackedRow, StepRows, load_share, shares_of_step
+from pipelines.ingest import load_share, shares_of_step
 from pipelines.loop import Outcome, Recipe, settle, train_step
+from pipelines.packed_rows import PackedRow, StepRows
 from pipelines.train_autoencoder import (
     AutoencoderTraining,
     build_model,

@@ -7,8 +7,8 @@ import pytest
 
 from pipelines import read_ahead
 from pipelines.corpus import Manifest
-from pipelines.ingest import PackedRow
 from pipelines.mixture import Corpus
+from pipelines.packed_rows import PackedRow
 from pipelines.read_ahead import RowReader
 from pipelines.whole_images import PlannedRow, Transform, iterate_rows
 

@@ -15,15 +15,15 @@ from torch.distributed.tensor import distribute_tensor
 
 from pipelines import train_flow
 from pipelines.failures import Unrecoverable
-from pipelines.ingest import _record as record_of
-from pipelines.ingest import iterate_steps, load_share, load_step, shares_of_step
-from pipelines.latent_corpus import LatentCorpus
+from pipelines.ingest import load_share, load_step, shares_of_step
+from pipelines.packed_rows import iterate_steps, record_of
 from pipelines.runs import latest_checkpoint, next_step
 from pipelines.sampling import load_dit, sample_requests
 from pipelines.tracking import metric_history, tracking_uri
 from pipelines.train_flow import (
     FlowTraining,
     build_model,
+    corpus_of,
     flow_step,
     plan_of,
     prepare,
@@ -34,6 +34,7 @@ from pipelines.train_flow import (
     shown_requests,
 )
 from tests.pipelines.flow_runs import flow_training, train_plainly
+from tests.pipelines.small_caches import TEXT
 from tests.vitok.ranks import run_on_ranks
 from vitok.config import read_config, write_config
 from vitok.dit import DiT
@@ -47,10 +48,6 @@ CPU = torch.device("cpu")
 @pytest.fixture
 def settings(tmp_path: Path) -> FlowTraining:
     return flow_training(tmp_path)
-
-
-def corpus_of(settings: FlowTraining) -> LatentCorpus:
-    return LatentCorpus(settings.cache)
 
 
 def test_rows_hold_the_latents_of_the_cache_normalised_with_their_classes(settings) -> None:
@@ -148,7 +145,9 @@ def sample_and_note(folder: Path) -> None:
         velocity.copy_(distribute_tensor(VELOCITY, velocity.device_mesh, velocity.placements))
     ema = Ema(model, 0.9)
     with ema.applied_to(model):
-        latents = sample_on_all_ranks(model, settings, corpus_of(settings).statistics, CPU)
+        corpus = corpus_of(settings)
+        requests = shown_requests(settings, corpus)
+        latents = sample_on_all_ranks(model, settings, requests, corpus.statistics, CPU)
     torch.save([latent.tokens for latent in latents], folder / f"{dist.get_rank()}.pt")
 
 
@@ -165,7 +164,7 @@ def test_shown_samples_of_a_sharded_model_are_those_of_the_whole_one(
     model.to_velocity.weight.data.copy_(VELOCITY)
     expected = sample_requests(
         model,
-        shown_requests(settings, 16),
+        shown_requests(settings, corpus_of(settings)),
         corpus_of(settings).statistics,
         CPU,
         sampler=settings.sampler,
@@ -212,8 +211,9 @@ def test_cache_of_another_shape_or_another_encoder_is_refused(settings, tiny_wei
 
 
 def test_killed_run_goes_on_with_the_losses_of_one_never_killed(
-    ray_cluster: None, settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ray_cluster: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    settings = flow_training(tmp_path, text=TEXT)
     marker = tmp_path / "killed"
 
     def fatal_worker(given: dict[str, Any]) -> None:

@@ -8,8 +8,8 @@ import torch
 
 from pipelines.corpus import Manifest, read_samples
 from pipelines.decode import decode_adm_square, decode_rgb
-from pipelines.ingest import PackedRow
 from pipelines.mixture import Corpus
+from pipelines.packed_rows import PackedRow
 from pipelines.plan import SampleView
 from pipelines.whole_images import Transform, iterate_rows
 from vitok.packed import unpack_images
