@@ -124,3 +124,13 @@ def test_vitok_is_a_library_on_its_own():
     for path, tree in sources("vitok").items():
         imported = {name.split(".")[0] for name in imported_names(tree)}
         assert imported & own <= {"vitok"}, path
+
+
+def test_every_source_file_is_where_the_architecture_says_what_it_is_for() -> None:
+    said = (ROOT / "docs" / "architecture.md").read_text()
+    files = {path for package in PACKAGES for path in sources(package)}
+    named = {Path(path).name for path in files} - {"__init__.py"}
+    assert len(named) > 100
+    families = ("bench_", "evaluation_")  # `bench_*.py` stands for all of them
+    missing = [name for name in named if name not in said and not name.startswith(families)]
+    assert not missing
