@@ -18,7 +18,7 @@ from pipelines.evaluation_worker import OK
 from pipelines.published import PUBLISHED, PublishedFigures
 from pipelines.reconstruction import sheet_of
 from pipelines.runs import next_step
-from pipelines.tracking import Tracker, run_around, run_tracker
+from pipelines.tracking import Tracker, run_around, tracker_of
 from vitok.checkpoint import PROGRESS_FILE
 from vitok.config import to_dict
 from vitok.storage import Folder
@@ -64,9 +64,9 @@ def log_to_runs(settings: EvaluationConfig, result: EvaluationResult, out: Path)
     for spec in settings.specs():
         scores = [score for score in result.scores if score.subject == spec.title]
         run = run_around(Folder.of(spec.location)) if scores and spec.is_ours else None
-        if run is None:
+        tracker = tracker_of(run) if run else None
+        if run is None or tracker is None:
             continue
-        tracker = run_tracker(run)
         metrics = {
             f"{place}/{score.resolution.replace(' ', '_')}/{name}": float(value)
             for score in scores

@@ -248,7 +248,10 @@ class Tracker:
 
 
 def tracker_of(folder: Folder) -> Tracker | None:
-    """Return a Tracker of the run that a folder remembers; None if it has not begun."""
+    """Return a Tracker of the run that a folder remembers, to add to it; None if it has not begun.
+
+    The run's status stays.
+    """
     note = json.loads(folder.read_text(_RUN_FILE) or "{}")
     return Tracker(note["uri"], note["run_id"], _spool_of(folder)) if note else None
 
@@ -305,17 +308,6 @@ def run_around(location: Folder) -> Folder | None:
     """
     around = Folder(location.uri.rpartition("/")[0])
     return next((folder for folder in (location, around) if folder.exists(_RUN_FILE)), None)
-
-
-def run_tracker(folder: Folder) -> Tracker:
-    """Return the tracker of a run that `open_run` made, to add to it; its status stays.
-
-    Raises:
-        FileNotFoundError: the folder holds no recorded run.
-    """
-    note = json.loads(folder.read_bytes(_RUN_FILE))
-    spool = folder.child(_SPOOL_FOLDER).uri if folder.is_local else ""
-    return Tracker(note["uri"], note["run_id"], spool)
 
 
 def _start_run(uri: str, name: str, tracking: TrackingConfig, storage: str, settings: Any) -> str:
