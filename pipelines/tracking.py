@@ -277,8 +277,9 @@ def open_run(
     Raises:
         ConnectionError: the run is new and the server does not take it.
     """
-    # Importing MLflow sets its loggers' levels; setting them before would be undone.
+    # Importing MLflow sets the level of its logger, whatever was set before.
     os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")
+    logging.getLogger("mlflow").setLevel(logging.WARNING)
     uri = tracking_uri(tracking, storage)
     note = json.loads(folder.read_text(_RUN_FILE) or "{}")
     run_id = note.get("run_id") if note.get("uri") == uri else None
