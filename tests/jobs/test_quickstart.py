@@ -15,6 +15,7 @@ from jobs import flow_recipes, quickstart, recipes
 from jobs.cli import main
 from jobs.sample_corpus import make_sample_corpus
 from pipelines import train_autoencoder
+from pipelines.caching_config import LatentCaching
 from pipelines.latents import LatentCache
 from pipelines.runs import next_step
 from pipelines.tracking import TrackingConfig, open_run, tracking_uri
@@ -159,26 +160,31 @@ def _check_record(storage: Path, run_id: str) -> None:
     assert any(name.endswith(".png") for name in artifacts("images"))
 
 
-def test_flow_stage_trains_on_the_latents_of_the_quickstart_and_draws_every_class(
+def test_flow_stage_trains_on_squares_of_the_quickstart_and_draws_every_class(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     tiny = flow_training(tmp_path)
     folder = tmp_path / "quickstart"
     folder.mkdir()
-    (tmp_path / "cache").rename(folder / "latents")
     (tmp_path / "autoencoder").rename(folder / "export")
     monkeypatch.setattr(flow_recipes, "flow_quickstart", lambda: tiny)
 
     def train(settings: FlowTraining) -> Folder:
-        assert settings.cache == str(folder / "latents")
+        assert settings.cache == str(folder / "latents-squares")
         assert settings.autoencoder == str(folder / "export")
         write_checkpoint(settings)
         return settings.run.folder
 
+    def cache(settings: LatentCaching) -> None:
+        assert settings.squares == (32,) and not settings.token_budgets
+        assert settings.manifest == str(folder / "corpus" / "train")
+        (tmp_path / "cache").rename(settings.out)
+
     monkeypatch.setattr(quickstart.train_flow, "run_training", train)
+    monkeypatch.setattr(quickstart, "cache_latents", cache)
     monkeypatch.setattr(quickstart, "ray_session", nullcontext)
     sheet = quickstart.generate_samples(str(tmp_path / "runs"), folder)
-    assert "[flow] a generator of 6 classes on these latents" in capsys.readouterr().out
+    assert "[flow] latents of squares, then a generator of 6 classes" in capsys.readouterr().out
     pixels = np.asarray(Image.open(sheet))
-    # Twelve pictures of 32 x 48 pixels: two for each class.
-    assert pixels.shape[1] >= 12 * 48 and (pixels != 255).any(axis=2).sum() > 10 * 32 * 48
+    # Pictures of 32 x 48 pixels: four for each class.
+    assert pixels.shape[1] >= 24 * 48 and (pixels != 255).any(axis=2).sum() > 20 * 32 * 48
