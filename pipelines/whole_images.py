@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Annotated
 
 import numpy as np
 
@@ -12,7 +13,7 @@ from pipelines.mixture import Corpus
 from pipelines.packed_rows import PackedRow
 from pipelines.packing import pack_best_fit
 from pipelines.views import SampleView
-from vitok.config import config
+from vitok.config import UNLESS_EMPTY, config
 from vitok.patches import fit_to_budget, num_tokens
 
 
@@ -31,7 +32,7 @@ class Transform:
     token_budget: int = 0
     longest_side: int = 0
     square: int = 0
-    adm: bool = False
+    adm: Annotated[bool, UNLESS_EMPTY] = False
 
     def __post_init__(self) -> None:
         if self.adm and not self.square:
