@@ -45,8 +45,7 @@ def attention(
         head_dim=head_dim,
         repeats=repeats,
     )
-    _rounded(figures, quiet=json)
-    _finish("attention", {name: round(figure, 3) for name, figure in figures.items()}, threads)
+    _finish("attention", _rounded(dict(figures), quiet=json), threads)
 
 
 def inference(
@@ -150,10 +149,7 @@ def ingest(
         ray_images=ray_images,
         repeats=repeats,
     )
-    if not json:
-        for name, figure in figures.items():
-            print(f"{name:<30} {figure:10.3f}")
-    _finish("ingest", {name: round(figure, 4) for name, figure in figures.items()}, threads=1)
+    _finish("ingest", _rounded(dict(figures), quiet=json), threads=1)
 
 
 def train(
@@ -393,10 +389,7 @@ def encode(
         threads=threads,
         cpus_per_reader=cpus_per_reader,
     )
-    rounded = {name: round(figure, 3) for name, figure in figures.items()}
-    if not json:
-        for name, figure in rounded.items():
-            print(f"{name:<28} {figure}")
+    rounded = _rounded(dict(figures), quiet=json)
     _finish("encode", {"model": model, "side": side, **rounded}, threads)
 
 
@@ -500,7 +493,7 @@ def _rounded(figures: dict[str, float | str], *, quiet: bool) -> dict[str, float
     rounded = {k: round(v, 4) if isinstance(v, float) else v for k, v in figures.items()}
     if not quiet:
         for name, figure in rounded.items():
-            print(f"{name:<26} {figure}")
+            print(f"{name:<30} {figure}")
     return rounded
 
 

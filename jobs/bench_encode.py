@@ -15,6 +15,7 @@ from PIL import Image
 
 from cluster.local import ray_session
 from jobs.bench_ingest import indexed_shards
+from jobs.models import save_random
 from pipelines.cache_latents import cache_latents, identity_of
 from pipelines.caching_config import LatentCaching, complete
 from pipelines.corpus import Manifest, build_manifest, read_samples
@@ -22,11 +23,7 @@ from pipelines.encode_units import Encoder, Unit, prepare_unit, samples_of, unit
 from pipelines.latent_units import DTYPES, UNITS, CacheIdentity
 from pipelines.shards import write_shards
 from pipelines.train_autoencoder import load_autoencoder
-from vitok.autoencoder import Autoencoder
-from vitok.initialize import start_at_random
 from vitok.packed import pack_images
-from vitok.pretrained import save_pretrained
-from vitok.variants import AutoencoderConfig
 
 _BATCH = 32  # images of a batch of the plain loop
 _MEASURED_S = 4.0  # at least, of the ways that are no job
@@ -64,10 +61,7 @@ def measure_encoding(
     ):
         source = _repeated(photographs, copies, Path(scratch) / "shards")
         weights = Path(scratch) / "weights"
-        config = AutoencoderConfig.from_name(model)
-        autoencoder = Autoencoder(config)
-        start_at_random(autoencoder, seed=0)
-        save_pretrained(weights, config, autoencoder.state_dict())
+        save_random(model, weights)
         settings = complete(
             LatentCaching(
                 manifest=str(source.path),

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from jobs.bench_ingest import indexed_shards
+from jobs.models import save_random
 from pipelines.baselines import hush_torchao
 from pipelines.corpus import Manifest
 from pipelines.evaluation_pool import InProcess, Slice, cut
@@ -19,12 +20,8 @@ from pipelines.mixture import Corpus
 from pipelines.reconstruction import judge
 from pipelines.subjects import SubjectSpec, load_subject
 from pipelines.whole_images import Transform, iterate_rows
-from vitok.autoencoder import Autoencoder
 from vitok.frechet import FeatureMoments, Gaussian, frechet_distance
-from vitok.initialize import start_at_random
 from vitok.packed import unpack_images
-from vitok.pretrained import save_pretrained
-from vitok.variants import AutoencoderConfig
 
 _PATCH_SIZE = 16
 _SLICE_IMAGES = 32
@@ -60,7 +57,8 @@ def measure_evaluation(
         indexed_shards(shards) as source,
     ):
         networks = ExtractorConfig(dino=dino or _random_dino(Path(scratch, "dino")))
-        spec = SubjectSpec(location=_random_weights(model, Path(scratch, "weights")))
+        save_random(model, Path(scratch, "weights"))
+        spec = SubjectSpec(location=str(Path(scratch, "weights")))
         evaluator = Evaluator(
             spec,
             networks,
@@ -159,14 +157,6 @@ def _seconds(work: Callable[[], object]) -> float:
 def _slices(source: Manifest, num_images: int) -> list[Slice]:
     sample_ids = np.arange(min(num_images, source.num_samples))
     return cut(sample_ids, source.records(sample_ids).key.tolist(), _SLICE_IMAGES)
-
-
-def _random_weights(model: str, folder: Path) -> str:
-    config = AutoencoderConfig.from_name(model)
-    autoencoder = Autoencoder(config)
-    start_at_random(autoencoder, seed=0)
-    save_pretrained(folder, config, autoencoder.state_dict())
-    return str(folder)
 
 
 def _random_dino(folder: Path) -> str:

@@ -21,6 +21,7 @@ from jobs.bench_train import (
     seconds_now,
     time_steps,
 )
+from jobs.models import save_random
 from pipelines.cache_latents import cache_latents
 from pipelines.caching_config import LatentCaching
 from pipelines.corpus import Manifest
@@ -46,8 +47,6 @@ from vitok.flops import peak_flops, training_flops
 from vitok.initialize import start_at_random
 from vitok.optim import build_optimizer
 from vitok.parallel import ParallelConfig, prepare_blocks, shard_model
-from vitok.pretrained import save_pretrained
-from vitok.variants import AutoencoderConfig
 
 _SAMPLED_IMAGES = 256  # tell how many fill a row
 
@@ -76,14 +75,11 @@ def measure_flow(
         the figures of the benchmark by name.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    shape = AutoencoderConfig.from_name(autoencoder)
     with (
         indexed_shards(shards) as manifest,
         tempfile.TemporaryDirectory(prefix="vitok-bench-") as folder,
     ):
-        weights = Autoencoder(shape)
-        start_at_random(weights, seed=0)
-        save_pretrained(Path(folder) / "autoencoder", shape, weights.state_dict())
+        weights = save_random(autoencoder, Path(folder) / "autoencoder")
         # One core more, in name: reading shares the cores with the training.
         with ray_session(num_cpus=threads + 1):
             cache_latents(

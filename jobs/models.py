@@ -1,11 +1,14 @@
 """What the named models are: their sizes, and what an image costs."""
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
 from vitok.autoencoder import Autoencoder
+from vitok.initialize import start_at_random
 from vitok.patches import num_tokens
+from vitok.pretrained import save_pretrained
 from vitok.variants import RELEASED, SIZES, SIZES_V1, AutoencoderConfig
 
 # Every size, at both patches of the paper's scaling study; its linear encoder; ViTok v1.
@@ -102,3 +105,16 @@ def _count(number: int) -> str:
         if number >= size:
             return f"{number / size:.3g}{unit}"
     return str(number)
+
+
+def save_random(name: str, folder: Path) -> Autoencoder:
+    """Write a named model with random weights for load_pretrained, which takes as long to compute.
+
+    Returns:
+        the model.
+    """
+    config = AutoencoderConfig.from_name(name)
+    model = Autoencoder(config)
+    start_at_random(model, seed=0)
+    save_pretrained(folder, config, model.state_dict())
+    return model

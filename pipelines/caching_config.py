@@ -1,12 +1,11 @@
 """The config of a latent cache that is to be made, as `vitok encode` takes it."""
 
 from dataclasses import replace
-from pathlib import Path
 
 from pipelines.latent_units import DTYPES
 from pipelines.whole_images import Transform
 from vitok.config import config
-from vitok.storage import Folder
+from vitok.storage import Folder, absolute_if_local
 
 COMPUTE_DTYPES = ("bfloat16", "float32")
 
@@ -20,7 +19,8 @@ class LatentCaching:
         model: training run, folder of weights, released model; only the encoder is loaded.
         out: the cache: a folder or `s3://` prefix.
         token_budgets: at each of these, images are shrunk to at most so many patches, aspect kept.
-        squares: at each of these, the centre of the image (ADM's crop), so many pixels a side.
+        squares: at each of these, the centre of the image, so many pixels a side: what ADM's crop
+            shows, resized once.
         flip: every image a second time, mirrored.
         dtype: of the stored latents: bfloat16, float16 or float32.
         compute_dtype: of the encoder: bfloat16 or float32.
@@ -103,13 +103,7 @@ def complete(settings: LatentCaching) -> LatentCaching:
     return replace(
         settings,
         manifest=Folder.of(settings.manifest).uri,
-        model=_absolute(settings.model),
-        text_encoder=_absolute(settings.text_encoder) if settings.text_encoder else "",
+        model=absolute_if_local(settings.model),
+        text_encoder=absolute_if_local(settings.text_encoder),
         out=Folder.of(settings.out).uri,
     )
-
-
-def _absolute(model: str) -> str:
-    """Return a model's location for other processes; a name that is no folder stays a name."""
-    folder = Folder.of(model)
-    return folder.uri if "://" in model or Path(folder.uri).exists() else model

@@ -20,12 +20,12 @@ from pipelines.peak_memory import memory_in_use, start_peak
 from pipelines.read_ahead import RowReader
 from pipelines.reconstruction import comparison, judge
 from pipelines.subjects import Subject, SubjectFacts, SubjectSpec, load_subject
-from pipelines.train_autoencoder import absolute_if_local
 from pipelines.whole_images import Transform
 from vitok.config import config
 from vitok.features import DinoFeatures, FeatureExtractor, InceptionFeatures
 from vitok.packed import unpack_images
 from vitok.perceptual import load_lpips
+from vitok.storage import absolute_if_local
 
 OK = "ok"
 _MB = 2**20

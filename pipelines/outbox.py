@@ -183,10 +183,12 @@ class Outbox:
                 closing = self._closing
             if closing:
                 self._send_last()
-                return
-            self._send_all()
+            else:
+                self._send_all()
             with self._change:
                 self._change.notify_all()
+            if closing:
+                return
 
     def _send_last(self) -> None:
         """Send all that waits; a server that is only slow for a moment is asked again."""

@@ -11,10 +11,11 @@ from torch import Tensor, nn
 
 from pipelines.baselines import REPOSITORIES, latent_shape, load_baseline, reconstruct_with
 from pipelines.codecs import Codec, reconstruct_with_codec
-from pipelines.train_autoencoder import absolute_if_local, load_autoencoder
+from pipelines.train_autoencoder import load_autoencoder
 from vitok.config import config, parse_config, require_choice
 from vitok.parallel import compile_blocks, float8_inference
 from vitok.pretrained import weights_digest
+from vitok.storage import absolute_if_local
 
 Dtype = Literal["", "bfloat16", "float32", "float8"]
 

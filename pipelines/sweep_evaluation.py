@@ -16,9 +16,8 @@ from pipelines.sweep_config import EVALUATED, SweepConfig
 from pipelines.sweep_mlflow import result_metrics
 from pipelines.sweep_records import TrialRecord, read_records, write_record
 from pipelines.tracking import Tracker, tracker_of
-from pipelines.train_autoencoder import absolute_if_local
 from vitok.pretrained import EXPORT
-from vitok.storage import Folder
+from vitok.storage import Folder, absolute_if_local
 
 EVALUATION_FOLDER = "evaluation"
 

@@ -43,7 +43,7 @@ from vitok.pretrained import (
     save_pretrained,
 )
 from vitok.seeds import keyed_generator
-from vitok.storage import Folder
+from vitok.storage import Folder, absolute_if_local
 from vitok.variants import AutoencoderConfig, Part
 
 Freeze = Literal["none", "encoder"]
@@ -214,11 +214,6 @@ def _check_weights(location: str, model: AutoencoderConfig) -> None:
 
 def _absolute(location: str) -> str:
     return Folder.of(location).uri if location else ""
-
-
-def absolute_if_local(location: str) -> str:
-    """Leave what is no path here alone: it may be a repository id."""
-    return _absolute(location) if Path(location).exists() else location
 
 
 def read_settings(folder: Folder) -> AutoencoderTraining:

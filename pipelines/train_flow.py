@@ -38,7 +38,7 @@ from vitok.initialize import start_at_random
 from vitok.optim import OptimConfig
 from vitok.parallel import require_float8
 from vitok.pretrained import encoder_digest
-from vitok.storage import Folder
+from vitok.storage import Folder, absolute_if_local
 
 STATISTICS_FILE = "latents.json"
 
@@ -115,9 +115,7 @@ def prepare(settings: FlowTraining) -> FlowTraining:
     settings = replace(
         settings,
         cache=Folder.of(settings.cache).uri,
-        autoencoder=Folder.of(settings.autoencoder).uri
-        if settings.autoencoder and Folder.of(settings.autoencoder).names()
-        else settings.autoencoder,
+        autoencoder=absolute_if_local(settings.autoencoder),
         run=replace(settings.run, storage=Folder.of(settings.run.storage).uri),
     )
     corpus = corpus_of(settings)

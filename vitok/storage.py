@@ -108,3 +108,14 @@ class Folder:
     def _locate(self, name: str) -> tuple[pyarrow.fs.FileSystem, str]:
         filesystem, path = pyarrow.fs.FileSystem.from_uri(f"{self.uri}/{name}")
         return filesystem, path
+
+
+def absolute_if_local(location: str) -> str:
+    """Return a path that is there as an absolute one, for processes in other directories.
+
+    All else stays as it is: it may be a name, a repository id or a URI.
+    """
+    if not location:
+        return location
+    folder = Folder.of(location)
+    return folder.uri if folder.is_local and Path(folder.uri).exists() else location

@@ -5,7 +5,7 @@ import pyarrow.fs
 import pytest
 
 from vitok import storage
-from vitok.storage import Folder
+from vitok.storage import Folder, absolute_if_local
 
 
 def test_files_come_back_as_they_were_written(tmp_path: Path) -> None:
@@ -164,3 +164,17 @@ def test_relative_location_becomes_absolute(
     assert Folder.of("runs", "name").uri == f"{tmp_path}/runs/name"
     assert Folder.of("~/runs").uri == "/home/someone/runs"
     assert Folder.of("s3://bucket/prefix/", "name").uri == "s3://bucket/prefix/name"
+
+
+def test_only_a_path_that_is_there_becomes_absolute(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "weights.pt").touch()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for location in ("runs", "./runs", "~/runs", f"file://{tmp_path}/runs"):
+        assert absolute_if_local(location) == f"{tmp_path}/runs"
+    assert absolute_if_local("weights.pt") == f"{tmp_path}/weights.pt"
+    for name in ("", "350M-f16x64", "owner/name", "s3://bucket/runs", "https://host/weights.pt"):
+        assert absolute_if_local(name) == name
