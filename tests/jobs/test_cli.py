@@ -3,7 +3,6 @@ import json
 import re
 import socket
 import tarfile
-from dataclasses import asdict
 from pathlib import Path
 from typing import NamedTuple
 
@@ -25,6 +24,7 @@ from jobs.remote import JOBS_COMMANDS
 from pipelines.corpus import Manifest
 from pipelines.whole_images import Transform
 from tests.pipelines.small_caches import CHANNELS, ROWS, write_small_cache
+from vitok.config import to_dict
 
 
 class Outcome(NamedTuple):
@@ -512,7 +512,7 @@ def test_latents_commands_show_and_check_a_cache(
     shown = json.loads(stats.out)
     assert (shown["num_images"], shown["num_tokens"]) == (len(ROWS), 240)
     assert len(shown["mean"]) == len(shown["std"]) == CHANNELS
-    assert shown["identity"]["transforms"] == [asdict(Transform(token_budget=64))]
+    assert shown["identity"]["transforms"] == [to_dict(Transform(token_budget=64))]
 
     shards = json.loads(vitok("latents", "ls", small_cache, "--json").out)
     assert [(row["shard"], row["num_latents"]) for row in shards] == [
