@@ -26,7 +26,7 @@ from cluster.services import (
     start,
     wait_until_healthy,
 )
-from pipelines.credentials import masked
+from pipelines.tracker.credentials import masked
 from vitok.config import config, read_config, write_config
 
 STATE_FILE = "stack.json"

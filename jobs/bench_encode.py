@@ -17,11 +17,11 @@ from cluster.local import ray_session
 from jobs.bench_ingest import indexed_shards
 from jobs.models import save_random
 from pipelines.cache_latents import cache_latents, identity_of
-from pipelines.caching_config import LatentCaching, complete
+from pipelines.caching.config import LatentCaching, complete
+from pipelines.caching.encode_units import Encoder, Unit, prepare_unit, samples_of, units_of
+from pipelines.caching.units import DTYPES, UNITS, CacheIdentity
 from pipelines.corpus import Manifest, build_manifest, read_samples
-from pipelines.encode_units import Encoder, Unit, prepare_unit, samples_of, units_of
-from pipelines.latent_units import DTYPES, UNITS, CacheIdentity
-from pipelines.shards import write_shards
+from pipelines.reading.shards import write_shards
 from pipelines.train_autoencoder import load_autoencoder
 from vitok.packed import pack_images
 

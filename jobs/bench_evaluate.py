@@ -12,13 +12,13 @@ from torch import Tensor
 
 from jobs.bench_ingest import indexed_shards
 from jobs.models import save_random
-from pipelines.baselines import hush_torchao
 from pipelines.corpus import Manifest
-from pipelines.evaluation_pool import InProcess, Slice, cut
-from pipelines.evaluation_worker import Evaluator, ExtractorConfig, load_extractors
+from pipelines.evaluation.baselines import hush_torchao
+from pipelines.evaluation.pool import InProcess, Slice, cut
+from pipelines.evaluation.subjects import SubjectSpec, load_subject
+from pipelines.evaluation.worker import Evaluator, ExtractorConfig, load_extractors
 from pipelines.mixture import Corpus
 from pipelines.reconstruction import judge
-from pipelines.subjects import SubjectSpec, load_subject
 from pipelines.whole_images import Transform, iterate_rows
 from vitok.frechet import FeatureMoments, Gaussian, frechet_distance
 from vitok.packed import unpack_images

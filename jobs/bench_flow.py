@@ -23,7 +23,7 @@ from jobs.bench_train import (
 )
 from jobs.models import save_random
 from pipelines.cache_latents import cache_latents
-from pipelines.caching_config import LatentCaching
+from pipelines.caching.config import LatentCaching
 from pipelines.corpus import Manifest
 from pipelines.ingest import load_step
 from pipelines.loop import Recipe

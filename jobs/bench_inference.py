@@ -12,9 +12,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from pipelines.baselines import random_baseline, reconstruct_with
-from pipelines.decode import decode_rgb
-from pipelines.peak_memory import memory_in_use, start_peak
+from pipelines.evaluation.baselines import random_baseline, reconstruct_with
+from pipelines.evaluation.peak_memory import memory_in_use, start_peak
+from pipelines.reading.decode import decode_rgb
 from pipelines.train_autoencoder import load_autoencoder
 from vitok.autoencoder import Autoencoder
 from vitok.images import to_tensor

@@ -19,11 +19,11 @@ from cluster.local import ray_session
 from jobs.sample_corpus import make_sample_corpus
 from pipelines import ingest
 from pipelines.corpus import Manifest, build_manifest
-from pipelines.decode import decode_rgb
 from pipelines.ingest import object_store_bytes
 from pipelines.mixture import Corpus
 from pipelines.packed_rows import iterate_steps
 from pipelines.plan import DataConfig, Plan, SampleView, Stage
+from pipelines.reading.decode import decode_rgb
 
 SAMPLE_VARIABLE = "VITOK_SAMPLE"
 _PATCH_SIZE = 16

@@ -93,8 +93,8 @@ def sample(arguments: Sequence[str]) -> None:
 
 def judge(arguments: Sequence[str]) -> None:
     """gFID, gFDD, Inception Score, precision and recall of generated images"""
-    from pipelines.judge_samples import Judging
-    from pipelines.judge_samples import judge as judge_set
+    from pipelines.generation.judge import Judging
+    from pipelines.generation.judge import judge as judge_set
 
     settings = tyro.cli(Judging, args=arguments, prog="vitok judge")
     for name, quality in judge_set(settings).items():
@@ -123,8 +123,8 @@ def evaluate(arguments: Sequence[str]) -> None:
 
     from cluster.local import ray_session
     from pipelines.evaluate import evaluate as run_evaluation
-    from pipelines.evaluation_report import REPORT, log_to_runs, write_results
-    from pipelines.shards import local_folder
+    from pipelines.evaluation.report import REPORT, log_to_runs, write_results
+    from pipelines.reading.shards import local_folder
 
     settings = _evaluation(arguments)
     out = local_folder(settings.out)
@@ -298,7 +298,7 @@ def _encoding(arguments: Sequence[str]) -> Any:
 
 
 def _caching(arguments: Sequence[str]) -> Any:
-    from pipelines.caching_config import complete
+    from pipelines.caching.config import complete
 
     return complete(_encoding(arguments))
 
@@ -316,7 +316,7 @@ def _flow(arguments: Sequence[str]) -> Any:
 
 
 def _generation(arguments: Sequence[str]) -> Any:
-    from pipelines.generate import Generation
+    from pipelines.generation.generate import Generation
 
     return tyro.cli(Generation, args=arguments, prog="vitok generate")
 

@@ -37,7 +37,7 @@ def build(
     """
     from tqdm import tqdm
 
-    from pipelines.build_corpus import build_corpus
+    from pipelines.corpora.build import build_corpus
 
     with tqdm(desc="build", unit="image", dynamic_ncols=True) as bar:
 
@@ -94,9 +94,9 @@ def index(
         json: print the result as JSON on the last line.
     """
     from cluster.local import ray_session
+    from pipelines.corpora.index import index_corpus
+    from pipelines.corpora.size_histogram import area_quantiles
     from pipelines.corpus import refuse_existing
-    from pipelines.index_corpus import index_corpus
-    from pipelines.size_histogram import area_quantiles
 
     refuse_existing(out)  # before Ray is started for nothing
     with ray_session():
@@ -151,7 +151,7 @@ def check(
         json: print the result as JSON on the last line.
     """
     from cluster.local import ray_session
-    from pipelines.check_corpus import check_corpus
+    from pipelines.corpora.check import check_corpus
     from pipelines.corpus import Manifest
 
     Manifest.load(manifest)  # before Ray is started for nothing
@@ -210,9 +210,9 @@ def plan(
     """
     import tempfile
 
+    from pipelines.corpora.simulate import SyntheticManifest, simulate, write_synthetic_manifest
     from pipelines.corpus import Manifest
     from pipelines.plan import DataConfig, Stage
-    from pipelines.simulate import SyntheticManifest, simulate, write_synthetic_manifest
     from vitok.variants import AutoencoderConfig
 
     if bool(manifest) == bool(synthetic_shards):

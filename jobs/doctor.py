@@ -17,7 +17,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Literal
 
-from pipelines.credentials import credential_in, masked, names_a_credential
+from pipelines.tracker.credentials import credential_in, masked, names_a_credential
 
 CONSTRAINTS_FILE = Path(__file__).parents[1] / "constraints.txt"
 _CHECKED_PACKAGES = ("torch", "ray", "mlflow", "pyarrow", "pillow", "boto3")

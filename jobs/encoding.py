@@ -5,8 +5,8 @@ Every field can be changed on the command line; a variant in code derives with `
 
 from collections.abc import Callable
 
-from pipelines.caching_config import LatentCaching
-from pipelines.latent_units import DTYPES
+from pipelines.caching.config import LatentCaching
+from pipelines.caching.units import DTYPES
 from vitok.variants import AutoencoderConfig
 
 EncodingRecipe = Callable[[], LatentCaching]

@@ -3,8 +3,8 @@
 from collections.abc import Callable
 from dataclasses import replace
 
-from pipelines.evaluation_config import EvaluationConfig
-from pipelines.evaluation_worker import ExtractorConfig
+from pipelines.evaluation.config import EvaluationConfig
+from pipelines.evaluation.worker import ExtractorConfig
 from vitok.perceptual import DINO_REPOSITORY
 
 EvaluationRecipe = Callable[[], EvaluationConfig]

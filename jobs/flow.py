@@ -9,10 +9,10 @@ import torch
 import tyro
 from PIL import Image
 
-from pipelines.flow_curves import best_for_compute, curve_of, draw_curves
-from pipelines.generate import Generation, Generator, generate
+from pipelines.generation.flow_curves import best_for_compute, curve_of, draw_curves
+from pipelines.generation.generate import Generation, Generator, generate
+from pipelines.generation.sampling import Request, embed_texts, spread_classes, whole_patches
 from pipelines.reconstruction import sheet_of
-from pipelines.sampling import Request, embed_texts, spread_classes, whole_patches
 from pipelines.train_flow import read_statistics
 from vitok.flow import Method, SamplerConfig
 from vitok.storage import Folder

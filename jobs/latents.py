@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Literal
 import tyro
 
 if TYPE_CHECKING:
-    from pipelines.caching_config import LatentCaching
-    from pipelines.estimate_latents import CacheSize
+    from pipelines.caching.config import LatentCaching
+    from pipelines.caching.estimate import CacheSize
 
 _MAX_LISTED = 20
 
@@ -64,8 +64,8 @@ def verify(
         json: print the result as JSON on the last line.
     """
     from cluster.local import ray_session
-    from pipelines.latent_manifest import read_manifest
-    from pipelines.verify_latents import require_intact, verify_latents
+    from pipelines.caching.manifest import read_manifest
+    from pipelines.caching.verify import require_intact, verify_latents
     from vitok.storage import Folder
 
     if bool(model) != bool(manifest):
@@ -96,7 +96,7 @@ def verify(
 def _mean_psnr(cache: str, model: str, manifest: str, images: int) -> float:
     from statistics import fmean
 
-    from pipelines.judge_latents import judge_latents
+    from pipelines.caching.judge import judge_latents
     from pipelines.latents import LatentCache
     from pipelines.train_autoencoder import load_autoencoder
     from vitok.pretrained import encoder_digest
@@ -112,7 +112,7 @@ def stats(cache: tyro.conf.Positional[str], /) -> None:
     Args:
         cache: folder or s3:// prefix of the cache.
     """
-    from pipelines.latent_manifest import read_manifest
+    from pipelines.caching.manifest import read_manifest
     from vitok.config import to_dict
     from vitok.storage import Folder
 
@@ -135,7 +135,7 @@ def ls(
         skipped: a line for each image that was unreadable, with the reason.
         json: print JSON.
     """
-    from pipelines.latent_manifest import list_shards, list_skipped, read_index, read_manifest
+    from pipelines.caching.manifest import list_shards, list_skipped, read_index, read_manifest
     from vitok.storage import Folder
 
     folder = Folder.of(cache)
@@ -179,8 +179,8 @@ def export(
         json: print the result as JSON on the last line.
     """
     from cluster.local import ray_session
-    from pipelines.export_latents import export_webdataset
-    from pipelines.latent_manifest import read_manifest
+    from pipelines.caching.export import export_webdataset
+    from pipelines.caching.manifest import read_manifest
     from vitok.storage import Folder
 
     read_manifest(Folder.of(cache))  # before Ray is started for nothing
@@ -219,8 +219,8 @@ def plan(
 
     from jobs.encoding import ENCODING
     from pipelines.cache_latents import identity_with
-    from pipelines.estimate_latents import estimate_size
-    from pipelines.simulate import SyntheticManifest, write_synthetic_manifest
+    from pipelines.caching.estimate import estimate_size
+    from pipelines.corpora.simulate import SyntheticManifest, write_synthetic_manifest
     from vitok.variants import AutoencoderConfig
 
     if recipe not in ENCODING:
@@ -246,8 +246,8 @@ def _dry_run(settings: "LatentCaching") -> None:
     import ray
 
     from pipelines.cache_latents import identity_of
+    from pipelines.caching.estimate import estimate_size, measure_rates
     from pipelines.corpus import Manifest
-    from pipelines.estimate_latents import estimate_size, measure_rates
 
     source = Manifest.load(settings.manifest)
     identity = identity_of(settings)

@@ -8,10 +8,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from pipelines.corpus import Manifest
-from pipelines.decode import UnreadableImage, decode_rgb
 from pipelines.ingest import pack_pixels
 from pipelines.mixture import Corpus
 from pipelines.packed_rows import PackedRow
+from pipelines.reading.decode import UnreadableImage, decode_rgb
 from pipelines.whole_images import Transform
 from vitok.patches import num_tokens, patchify
 

@@ -15,15 +15,16 @@ from jobs import encoding, evaluations, flow_recipes, recipes
 from jobs.sample_corpus import make_sample_corpus
 from pipelines import train_flow
 from pipelines.cache_latents import cache_latents
+from pipelines.caching.judge import decode_row
+from pipelines.caching.verify import require_intact, verify_here
 from pipelines.evaluate import Scores, evaluate
-from pipelines.evaluation_report import write_results
-from pipelines.generate import Generator
-from pipelines.judge_latents import decode_row
+from pipelines.evaluation.report import write_results
+from pipelines.generation.generate import Generator
+from pipelines.generation.sampling import Request
 from pipelines.latents import LatentCache
+from pipelines.reading.shards import local_folder
 from pipelines.reconstruction import sheet_of
 from pipelines.runs import next_step
-from pipelines.sampling import Request
-from pipelines.shards import local_folder
 from pipelines.tracking import Tracker, open_run
 from pipelines.train_autoencoder import (
     AutoencoderTraining,
@@ -32,7 +33,6 @@ from pipelines.train_autoencoder import (
     prepare,
     run_training,
 )
-from pipelines.verify_latents import require_intact, verify_here
 from vitok.pretrained import encoder_digest
 
 _SAMPLES_PER_CLASS = 4

@@ -8,9 +8,9 @@ What we have not run says so.
 from collections.abc import Callable
 from dataclasses import replace
 
-from pipelines.costs import work_of
 from pipelines.plan import DataConfig, Stage
 from pipelines.runs import RunConfig
+from pipelines.sweeps.costs import work_of
 from pipelines.tracking import TrackingConfig
 from pipelines.train_autoencoder import AutoencoderTraining
 from vitok.losses import LossConfig

@@ -13,9 +13,9 @@ import tyro
 from PIL import Image
 
 from jobs.command_lines import UsageError
-from pipelines.decode import UnreadableImage
+from pipelines.reading.decode import UnreadableImage
+from pipelines.reading.tar_index import IMAGE_EXTENSIONS
 from pipelines.reconstruction import comparison, reconstruct_image
-from pipelines.tar_index import IMAGE_EXTENSIONS
 from pipelines.train_autoencoder import load_autoencoder
 
 

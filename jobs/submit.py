@@ -14,7 +14,7 @@ import yaml
 import cluster
 from jobs import remote
 from jobs.packages import Package, describe_left_out, pack_working_tree
-from pipelines.credentials import credential_in, names_a_credential
+from pipelines.tracker.credentials import credential_in, names_a_credential
 from vitok.config import config, flatten
 
 ROOT = Path(__file__).parents[1]

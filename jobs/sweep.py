@@ -5,9 +5,9 @@ from dataclasses import dataclass
 
 import tyro
 
-from pipelines.costs import memory_of, work_of
-from pipelines.sweep_config import SweepConfig, Trial, trials_of
-from pipelines.sweep_report import study_of, to_json, write_report
+from pipelines.sweeps.config import SweepConfig, Trial, trials_of
+from pipelines.sweeps.costs import memory_of, work_of
+from pipelines.sweeps.report import study_of, to_json, write_report
 from vitok.storage import Folder
 
 

@@ -10,9 +10,9 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from jobs.recipes import H200_FLOPS, TRAINING
-from pipelines.evaluation_config import EvaluationConfig
+from pipelines.evaluation.config import EvaluationConfig
 from pipelines.plan import Stage
-from pipelines.sweep_config import Axis, SweepConfig
+from pipelines.sweeps.config import Axis, SweepConfig
 from pipelines.train_autoencoder import AutoencoderTraining
 
 SweepRecipe = Callable[[], SweepConfig]

@@ -15,10 +15,9 @@ from numpy.typing import NDArray
 from safetensors.torch import load, save
 from torch import Tensor
 
-from pipelines.caching_config import LatentCaching, complete
-from pipelines.captions import require_captions
-from pipelines.corpus import Manifest
-from pipelines.encode_units import (
+from pipelines.caching.captions import require_captions
+from pipelines.caching.config import LatentCaching, complete
+from pipelines.caching.encode_units import (
     Encoder,
     Unit,
     embed_captions,
@@ -29,14 +28,14 @@ from pipelines.encode_units import (
     samples_of,
     units_of,
 )
-from pipelines.latent_manifest import (
+from pipelines.caching.manifest import (
     LatentManifest,
     UnitSource,
     read_records,
     remove_old_indexes,
     write_manifest,
 )
-from pipelines.latent_units import (
+from pipelines.caching.units import (
     DTYPES,
     UNITS,
     CacheIdentity,
@@ -46,6 +45,7 @@ from pipelines.latent_units import (
     commit_unit,
     committed_units,
 )
+from pipelines.corpus import Manifest
 from pipelines.launch import check_resources
 from pipelines.packed_rows import PackedRow
 from pipelines.progress import progress_bar

@@ -26,7 +26,7 @@ from typing import Protocol
 import numpy as np
 import pyarrow.parquet as pq
 
-from pipelines.manifest_tables import (
+from pipelines.corpora.manifest_tables import (
     SAMPLE_SCHEMA,
     SAMPLES_PER_ROW_GROUP,
     SHARD_SCHEMA,
@@ -36,9 +36,15 @@ from pipelines.manifest_tables import (
     side_index_path,
     write_tables,
 )
-from pipelines.shards import expand_shards, local_folder, open_ranges, open_shard, write_shards
-from pipelines.size_histogram import NUM_CLASSES
-from pipelines.tar_index import ShardIndex, index_shard
+from pipelines.corpora.size_histogram import NUM_CLASSES
+from pipelines.reading.shards import (
+    expand_shards,
+    local_folder,
+    open_ranges,
+    open_shard,
+    write_shards,
+)
+from pipelines.reading.tar_index import ShardIndex, index_shard
 
 __all__ = [
     "Manifest",

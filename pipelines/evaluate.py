@@ -20,19 +20,19 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from pipelines.corpus import Manifest
-from pipelines.evaluation_config import EvaluationConfig
-from pipelines.evaluation_data import (
+from pipelines.evaluation.config import EvaluationConfig
+from pipelines.evaluation.data import (
     choose_samples,
     digest_of,
     left_out,
     open_images,
     read_keys,
 )
-from pipelines.evaluation_pool import InProcess, Slice, WorkerPool, cut
-from pipelines.evaluation_worker import OK, EvaluatedImage, Evaluator, ExtractorConfig
+from pipelines.evaluation.pool import InProcess, Slice, WorkerPool, cut
+from pipelines.evaluation.subjects import SOURCE, SubjectFacts, SubjectSpec
+from pipelines.evaluation.worker import OK, EvaluatedImage, Evaluator, ExtractorConfig
 from pipelines.failures import root_cause
-from pipelines.shards import local_folder
-from pipelines.subjects import SOURCE, SubjectFacts, SubjectSpec
+from pipelines.reading.shards import local_folder
 from pipelines.whole_images import Transform
 from vitok.frechet import FeatureMoments, Gaussian, few_samples, frechet_distance
 

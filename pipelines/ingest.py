@@ -13,10 +13,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipelines.corpus import SampleRecords
-from pipelines.decode import UnreadableImage
-from pipelines.objects import retry_counts
 from pipelines.packed_rows import PackedRow, record_of
 from pipelines.plan import Plan, RowShape
+from pipelines.reading.decode import UnreadableImage
+from pipelines.reading.objects import retry_counts
 from pipelines.views import Samples, SampleView, write_patches
 from vitok.patches import num_tokens
 

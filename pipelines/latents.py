@@ -16,11 +16,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset, get_worker_info
 
+from pipelines.caching.manifest import LatentManifest, read_index, read_manifest
+from pipelines.caching.units import DTYPES, UNITS, CacheIdentity, LatentRow, read_header, read_keys
 from pipelines.corpus import SampleRecords, read_samples
-from pipelines.latent_manifest import LatentManifest, read_index, read_manifest
-from pipelines.latent_units import DTYPES, UNITS, CacheIdentity, LatentRow, read_header, read_keys
 from pipelines.order import sample_order
-from pipelines.shards import open_ranges
+from pipelines.reading.shards import open_ranges
 from vitok.patches import grid_size
 from vitok.storage import Folder
 

@@ -21,11 +21,11 @@ from pipelines.failures import (
     is_out_of_memory,
     root_cause,
 )
-from pipelines.gauges import RunGauges
 from pipelines.loop import Recipe, fit
 from pipelines.plan import Plan
 from pipelines.progress import progress_bar
 from pipelines.runs import RunConfig, next_step
+from pipelines.tracker.gauges import RunGauges
 from pipelines.tracking import Tracker, system_metrics
 from vitok.config import to_dict
 from vitok.storage import Folder

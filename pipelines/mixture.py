@@ -10,8 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipelines.corpus import Manifest, SampleRecords, read_samples
-from pipelines.decode import UnreadableImage, decode_adm_square, decode_rgb
 from pipelines.order import mixture_places, mixture_shares, sample_order
+from pipelines.reading.decode import UnreadableImage, decode_adm_square, decode_rgb
 from pipelines.views import SampleView, Texts, write_patches
 from vitok.config import config
 

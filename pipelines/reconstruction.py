@@ -13,9 +13,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from pipelines.corpus import Manifest
-from pipelines.decode import UnreadableImage, decode_rgb, image_size
 from pipelines.mixture import Corpus
 from pipelines.packed_rows import PackedRow, empty_row
+from pipelines.reading.decode import UnreadableImage, decode_rgb, image_size
 from pipelines.whole_images import Transform, iterate_rows
 from vitok.autoencoder import Autoencoder, Reconstruction
 from vitok.images import to_tensor

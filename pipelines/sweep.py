@@ -19,10 +19,10 @@ from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, TrialScheduler
 from tqdm import tqdm
 
 from pipelines.failures import Preempted, root_cause
-from pipelines.sweep_config import SweepConfig, rungs_of, trials_of
-from pipelines.sweep_evaluation import evaluate_trials, located_evaluation
-from pipelines.sweep_mlflow import log_report, result_metrics
-from pipelines.sweep_records import (
+from pipelines.sweeps.config import SweepConfig, rungs_of, trials_of
+from pipelines.sweeps.evaluation import evaluate_trials, located_evaluation
+from pipelines.sweeps.mlflow import log_report, result_metrics
+from pipelines.sweeps.records import (
     ENDED,
     Report,
     State,
@@ -31,9 +31,9 @@ from pipelines.sweep_records import (
     read_records,
     write_record,
 )
-from pipelines.sweep_report import write_report
-from pipelines.sweep_search import Trials, draws_of
-from pipelines.sweep_trial import LATENCY, REASON, RESULTS, STATE, run_trial
+from pipelines.sweeps.report import write_report
+from pipelines.sweeps.search import Trials, draws_of
+from pipelines.sweeps.trial import LATENCY, REASON, RESULTS, STATE, run_trial
 from pipelines.tracking import Tracker, open_run, tracker_of, tracking_uri
 from pipelines.train_autoencoder import located, plan_of, prepare
 

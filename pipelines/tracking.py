@@ -20,12 +20,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pipelines.credentials import credential_in
 from pipelines.failures import Preempted
-from pipelines.outbox import Outbox
-from pipelines.server_run import ServerRun, bound_waiting, brief
-from pipelines.spool import ARTIFACTS, RECORDS, copy_into, fill, unsent
-from pipelines.system_metrics import sampled
+from pipelines.tracker.credentials import credential_in
+from pipelines.tracker.outbox import Outbox
+from pipelines.tracker.server_run import ServerRun, bound_waiting, brief
+from pipelines.tracker.spool import ARTIFACTS, RECORDS, copy_into, fill, unsent
+from pipelines.tracker.system_metrics import sampled
 from vitok.config import config, flatten
 from vitok.storage import Folder
 

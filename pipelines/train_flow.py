@@ -11,21 +11,21 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from pipelines.caching.latent_corpus import LatentCorpus, LatentStatistics
 from pipelines.failures import Unrecoverable
-from pipelines.latent_corpus import LatentCorpus, LatentStatistics
-from pipelines.latents import LatentCache
-from pipelines.launch import launch, work
-from pipelines.loop import Evaluation, Recipe
-from pipelines.packed_rows import PackedRow
-from pipelines.plan import DataConfig, Plan, Stage
-from pipelines.runs import CONFIG_FILE, RunConfig, claim_folder
-from pipelines.sampling import (
+from pipelines.generation.sampling import (
     Request,
     draw_sheet,
     sample_requests,
     spread_classes,
     whole_patches,
 )
+from pipelines.latents import LatentCache
+from pipelines.launch import launch, work
+from pipelines.loop import Evaluation, Recipe
+from pipelines.packed_rows import PackedRow
+from pipelines.plan import DataConfig, Plan, Stage
+from pipelines.runs import CONFIG_FILE, RunConfig, claim_folder
 from pipelines.tracking import open_run
 from pipelines.train_autoencoder import load_autoencoder
 from vitok.autoencoder import Autoencoder

@@ -9,7 +9,7 @@ import torch
 from numpy.typing import NDArray
 
 from pipelines.corpus import SampleRecords
-from pipelines.decode import UnreadableImage
+from pipelines.reading.decode import UnreadableImage
 from vitok.patches import grid_size, num_tokens
 
 
@@ -67,7 +67,7 @@ class Samples(Protocol):
     """Numbered samples of one kind, and how they become tokens.
 
     Images (pipelines.mixture.Corpus) are read as bytes and decoded; latents of images
-    (pipelines.latent_corpus.LatentCorpus) are tokens already.
+    (pipelines.caching.latent_corpus.LatentCorpus) are tokens already.
 
     Attributes:
         resizes: a sample can be used at another size than that of its record.

@@ -7,11 +7,11 @@ from typing import Annotated
 import numpy as np
 
 from pipelines.corpus import SampleRecords
-from pipelines.decode import UnreadableImage
 from pipelines.ingest import decode_views, load_rows, pack_pixels
 from pipelines.mixture import Corpus
 from pipelines.packed_rows import PackedRow
 from pipelines.packing import pack_best_fit
+from pipelines.reading.decode import UnreadableImage
 from pipelines.views import SampleView
 from vitok.config import UNLESS_EMPTY, config
 from vitok.patches import fit_to_budget, num_tokens

@@ -16,7 +16,7 @@ import yaml
 from jobs.cli import COMMANDS
 from jobs.recipes import TRAINING
 from jobs.submit import STOP_WAIT_S
-from pipelines.credentials import credential_in, names_a_credential
+from pipelines.tracker.credentials import credential_in, names_a_credential
 
 ROOT = Path(__file__).parents[2]
 KUBERNETES = sorted((ROOT / "cluster" / "kubernetes").glob("*.yaml"))

@@ -11,8 +11,8 @@ from jobs.bench import BENCHMARKS
 from jobs.bench_inference import Case, growth
 from jobs.bench_ingest import utilisation
 from jobs.cli import main
-from pipelines.baselines import SHAPES, random_baseline
 from pipelines.corpus import Manifest
+from pipelines.evaluation.baselines import SHAPES, random_baseline
 from pipelines.mixture import Corpus
 from pipelines.plan import DataConfig, Plan, Stage
 

@@ -6,7 +6,7 @@ import pytest
 
 from jobs.cli import main
 from jobs.encoding import ENCODING
-from pipelines.caching_config import complete
+from pipelines.caching.config import complete
 from vitok.variants import RELEASED, AutoencoderConfig
 
 

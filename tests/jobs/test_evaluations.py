@@ -7,7 +7,7 @@ from torch import nn
 
 from jobs.cli import main
 from jobs.evaluations import EVALUATIONS
-from pipelines.baselines import REPOSITORIES, random_baseline
+from pipelines.evaluation.baselines import REPOSITORIES, random_baseline
 from tests.vitok.random_inception import write_inception
 from vitok.variants import RELEASED
 

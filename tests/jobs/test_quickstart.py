@@ -15,13 +15,13 @@ from jobs import flow_recipes, quickstart, recipes
 from jobs.cli import main
 from jobs.sample_corpus import make_sample_corpus
 from pipelines import train_autoencoder
-from pipelines.caching_config import LatentCaching
+from pipelines.caching.config import LatentCaching
+from pipelines.caching.verify import verify_here
 from pipelines.latents import LatentCache
 from pipelines.runs import next_step
 from pipelines.tracking import TrackingConfig, open_run, tracking_uri
 from pipelines.train_autoencoder import AutoencoderTraining, load_autoencoder
 from pipelines.train_flow import FlowTraining
-from pipelines.verify_latents import verify_here
 from tests.conftest import tiny_model
 from tests.pipelines.flow_runs import flow_training, write_checkpoint
 from tests.vitok.random_inception import write_inception

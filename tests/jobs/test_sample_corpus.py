@@ -16,7 +16,7 @@ from jobs.sample_corpus import (
     photograph_path,
 )
 from pipelines.corpus import Manifest, read_samples
-from pipelines.decode import decode_rgb
+from pipelines.reading.decode import decode_rgb
 
 
 @pytest.fixture(scope="module")

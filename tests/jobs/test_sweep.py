@@ -9,10 +9,10 @@ from jobs import sweep_recipes
 from jobs.cli import main
 from jobs.sweep import costs_of, format_costs
 from jobs.sweep_recipes import SWEEPS
-from pipelines.costs import memory_of, work_of
-from pipelines.sweep_config import SweepConfig, trials_of
-from pipelines.sweep_records import TrialRecord, claim_sweep, write_record
-from pipelines.sweep_report import study_of, to_json
+from pipelines.sweeps.config import SweepConfig, trials_of
+from pipelines.sweeps.costs import memory_of, work_of
+from pipelines.sweeps.records import TrialRecord, claim_sweep, write_record
+from pipelines.sweeps.report import study_of, to_json
 from vitok.config import parse_json, to_dict
 from vitok.variants import SIZES
 

@@ -5,10 +5,16 @@ from pathlib import Path
 import torch
 
 from pipelines.cache_latents import finish_cache, identity_of, load_text_encoder, name_of
-from pipelines.caching_config import LatentCaching, complete
+from pipelines.caching.config import LatentCaching, complete
+from pipelines.caching.encode_units import (
+    Encoder,
+    embed_captions,
+    finish_unit,
+    prepare_unit,
+    units_of,
+)
+from pipelines.caching.units import DTYPES, claim_cache, commit_unit, committed_units
 from pipelines.corpus import Manifest
-from pipelines.encode_units import Encoder, embed_captions, finish_unit, prepare_unit, units_of
-from pipelines.latent_units import DTYPES, claim_cache, commit_unit, committed_units
 from pipelines.train_autoencoder import load_autoencoder
 from vitok.storage import Folder
 

@@ -8,9 +8,9 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from pipelines.caching.latent_corpus import LatentCorpus
+from pipelines.caching.units import LatentRow, TextIdentity
 from pipelines.ingest import load_step
-from pipelines.latent_corpus import LatentCorpus
-from pipelines.latent_units import LatentRow, TextIdentity
 from pipelines.runs import RunConfig
 from pipelines.train_flow import FlowTraining, flow_step, plan_of
 from pipelines.whole_images import Transform

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import torch
 
-from pipelines.latent_manifest import LatentManifest, UnitSource, write_manifest
-from pipelines.latent_units import (
+from pipelines.caching.manifest import LatentManifest, UnitSource, write_manifest
+from pipelines.caching.units import (
     CacheIdentity,
     LatentRow,
     TextIdentity,

@@ -12,15 +12,15 @@ import torch
 from safetensors.torch import load
 
 from pipelines.cache_latents import _Steps, cache_latents, identity_of
-from pipelines.caching_config import LatentCaching, complete
+from pipelines.caching.config import LatentCaching, complete
+from pipelines.caching.encode_units import Encoder, Unit, finish_unit, prepare_unit, units_of
+from pipelines.caching.manifest import list_skipped, read_index
+from pipelines.caching.units import CacheIdentity, UnitRecord, claim_cache
+from pipelines.caching.verify import verify_here
 from pipelines.corpus import Manifest, build_manifest, read_samples, write_shards
-from pipelines.decode import decode_rgb
-from pipelines.encode_units import Encoder, Unit, finish_unit, prepare_unit, units_of
-from pipelines.latent_manifest import list_skipped, read_index
-from pipelines.latent_units import CacheIdentity, UnitRecord, claim_cache
 from pipelines.latents import LatentCache
+from pipelines.reading.decode import decode_rgb
 from pipelines.train_autoencoder import load_autoencoder
-from pipelines.verify_latents import verify_here
 from tests.conftest import tiny_model
 from tests.pipelines.encoding_process import encode_all, files_of
 from tests.vitok.text_encoders import save_text_encoder

@@ -15,8 +15,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from pipelines import corpus, tar_index
-from pipelines import shards as shard_files
+from pipelines import corpus
+from pipelines.corpora.manifest_tables import SHARD_SCHEMA, write_rows
 from pipelines.corpus import (
     Manifest,
     ShardIndex,
@@ -27,8 +27,9 @@ from pipelines.corpus import (
     write_manifest,
     write_shards,
 )
-from pipelines.manifest_tables import SHARD_SCHEMA, write_rows
-from pipelines.objects import ObjectChanged
+from pipelines.reading import shards as shard_files
+from pipelines.reading import tar_index
+from pipelines.reading.objects import ObjectChanged
 
 EXIF_ORIENTATION = 0x0112
 

@@ -10,15 +10,16 @@ import simplejpeg
 import torch
 from torch import Tensor
 
-from pipelines import evaluation_worker, read_ahead
 from pipelines.corpus import Manifest, build_manifest, read_samples, write_shards
-from pipelines.decode import decode_rgb
 from pipelines.evaluate import EvaluationResult, evaluate, statistics_name
-from pipelines.evaluation_config import EvaluationConfig
-from pipelines.evaluation_worker import OK, ExtractorConfig
+from pipelines.evaluation import read_ahead
+from pipelines.evaluation import worker as evaluation_worker
+from pipelines.evaluation.config import EvaluationConfig
+from pipelines.evaluation.subjects import Subject, SubjectFacts
+from pipelines.evaluation.worker import OK, ExtractorConfig
 from pipelines.packed_rows import PackedRow
+from pipelines.reading.decode import decode_rgb
 from pipelines.reconstruction import ImageResult
-from pipelines.subjects import Subject, SubjectFacts
 from pipelines.train_autoencoder import load_autoencoder
 from tests.vitok.random_inception import write_inception
 from vitok.features import InceptionFeatures

@@ -9,11 +9,11 @@ import torch
 from PIL import Image
 
 from jobs.cli import main
+from pipelines.caching.units import TextIdentity
+from pipelines.generation.sampling import Request, condition_of, embed_texts, sample_requests
 from pipelines.ingest import load_share, load_step, shares_of_step
-from pipelines.latent_units import TextIdentity
 from pipelines.latents import LatentCache
 from pipelines.packed_rows import empty_row, iterate_steps, record_of
-from pipelines.sampling import Request, condition_of, embed_texts, sample_requests
 from pipelines.train_flow import (
     FlowTraining,
     condition_of_row,

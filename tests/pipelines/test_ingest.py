@@ -10,10 +10,10 @@ from PIL import Image
 
 from pipelines import ingest
 from pipelines.corpus import SampleRecords, build_manifest, write_shards
-from pipelines.decode import decode_rgb
 from pipelines.mixture import Corpus, Source
 from pipelines.packed_rows import StepRows, iterate_steps, record_of
 from pipelines.plan import DataConfig, Plan, Stage
+from pipelines.reading.decode import decode_rgb
 from vitok.packed import unpack_images
 
 STAGES = (

@@ -15,12 +15,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pipelines import objects, stores
 from pipelines.corpus import Manifest, SampleRecords, index_shard, write_manifest, write_shards
 from pipelines.ingest import execution_options, load_step, training_dataset
 from pipelines.mixture import Corpus
 from pipelines.packed_rows import PackedRow, StepRows, iterate_steps
 from pipelines.plan import DataConfig, Plan, Stage
+from pipelines.reading import objects, stores
 from tests.pipelines.faulty_store import FAULTS, FaultyProxy, rarely, running
 
 NUM_SAMPLES, SAMPLES_PER_SHARD = 384, 64

@@ -12,9 +12,15 @@ from safetensors import safe_open
 from torch.utils.data import DataLoader
 
 from pipelines import latents as latents_module
-from pipelines.latent_corpus import LatentCorpus
-from pipelines.latent_manifest import code_version, make_manifest, read_records, remove_old_indexes
-from pipelines.latent_units import claim_cache, commit_unit, committed_units, make_unit, read_record
+from pipelines.caching.latent_corpus import LatentCorpus
+from pipelines.caching.manifest import code_version, make_manifest, read_records, remove_old_indexes
+from pipelines.caching.units import (
+    claim_cache,
+    commit_unit,
+    committed_units,
+    make_unit,
+    read_record,
+)
 from pipelines.latents import CHUNK_LATENTS, LatentCache, LatentRow, LatentStream
 from pipelines.plan import DataConfig, Plan, Stage
 from pipelines.whole_images import Transform
@@ -175,7 +181,7 @@ def test_statistics_do_not_depend_on_the_order_of_units_and_bear_far_means(tmp_p
 
     def statistics(order: list[int]) -> tuple[Any, Any]:
         found, _ = make_manifest(identity, "s", [], [])
-        from pipelines.latent_manifest import _statistics
+        from pipelines.caching.manifest import _statistics
 
         tokens = sum(record.num_tokens for record in records)
         assert found.mean == (0.0,) * CHANNELS

@@ -10,13 +10,13 @@ import pytest
 import torch
 
 from pipelines import latents as latents_module
-from pipelines import objects
-from pipelines.cache_files import create_file, file_names, read_file, remove_file
-from pipelines.captions import read_captions
+from pipelines.caching.captions import read_captions
+from pipelines.caching.files import create_file, file_names, read_file, remove_file
+from pipelines.caching.units import committed_units
+from pipelines.caching.verify import verify_here
 from pipelines.corpus import build_manifest
-from pipelines.latent_units import committed_units
 from pipelines.latents import LatentCache
-from pipelines.verify_latents import verify_here
+from pipelines.reading import objects
 from tests.pipelines.captioned_shards import jpeg, write_tar
 from tests.pipelines.faulty_store import FAULTS, PUT_FAULTS, FaultyProxy, rarely, running
 from tests.pipelines.small_caches import IDENTITY, TEXT, many_units, with_texts, write_small_cache

@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 
 from jobs.photographs import decode_photographs, sample_patches
+from pipelines.caching.latent_corpus import LatentCorpus
+from pipelines.caching.units import LatentRow
 from pipelines.corpus import Manifest
-from pipelines.latent_corpus import LatentCorpus
-from pipelines.latent_units import LatentRow
+from pipelines.generation.sampling import Request, sample_requests
 from pipelines.runs import RunConfig
-from pipelines.sampling import Request, sample_requests
 from pipelines.train_flow import FlowTraining
 from pipelines.whole_images import Transform
 from tests.pipelines.flow_runs import train_plainly

@@ -7,12 +7,12 @@ import pytest
 import ray
 from ray.tune.schedulers import ASHAScheduler
 
-from pipelines.costs import work_of
 from pipelines.failures import is_out_of_memory
 from pipelines.sweep import _Recorder, _scheduler
-from pipelines.sweep_config import Axis, SweepConfig, rungs_of, trials_of
-from pipelines.sweep_records import Report, TrialRecord, read_records, write_record
-from pipelines.sweep_search import Trials
+from pipelines.sweeps.config import Axis, SweepConfig, rungs_of, trials_of
+from pipelines.sweeps.costs import work_of
+from pipelines.sweeps.records import Report, TrialRecord, read_records, write_record
+from pipelines.sweeps.search import Trials
 from pipelines.tracking import TrackingConfig
 from pipelines.train_autoencoder import AutoencoderTraining
 

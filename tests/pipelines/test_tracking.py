@@ -21,8 +21,8 @@ from mlflow.exceptions import MlflowException, RestException
 from mlflow.tracking import MlflowClient
 from PIL import Image
 
-from pipelines.outbox import _LAST_PAUSES_S
-from pipelines.spool import unsent
+from pipelines.tracker.outbox import _LAST_PAUSES_S
+from pipelines.tracker.spool import unsent
 from pipelines.tracking import Tracker, TrackingConfig, open_run, system_metrics, tracking_uri
 from vitok.config import config
 from vitok.storage import Folder

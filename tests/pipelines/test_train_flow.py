@@ -15,10 +15,10 @@ from torch.distributed.tensor import distribute_tensor
 
 from pipelines import train_flow
 from pipelines.failures import Unrecoverable
+from pipelines.generation.sampling import load_dit, sample_requests
 from pipelines.ingest import load_share, load_step, shares_of_step
 from pipelines.packed_rows import iterate_steps, record_of
 from pipelines.runs import latest_checkpoint, next_step
-from pipelines.sampling import load_dit, sample_requests
 from pipelines.tracking import metric_history, tracking_uri
 from pipelines.train_flow import (
     FlowTraining,

@@ -7,10 +7,10 @@ import pytest
 import torch
 
 from pipelines.corpus import Manifest, read_samples
-from pipelines.decode import decode_adm_square, decode_rgb
 from pipelines.mixture import Corpus
 from pipelines.packed_rows import PackedRow
 from pipelines.plan import SampleView
+from pipelines.reading.decode import decode_adm_square, decode_rgb
 from pipelines.whole_images import Transform, iterate_rows
 from vitok.packed import unpack_images
 from vitok.patches import fit_to_budget

@@ -1,0 +1,1 @@
+"""The jobs that build, index, check and simulate a corpus."""

@@ -1,0 +1,1 @@
+"""Images from a generator, and how good they are."""

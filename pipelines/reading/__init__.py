@@ -1,0 +1,1 @@
+"""From an object store's bytes to pixels: requests, shards, decoders."""
