@@ -133,7 +133,7 @@ def evaluate(arguments: Sequence[str]) -> None:
     write_results(settings, result, out)
     log_to_runs(settings, result, out)
     if settings.json:
-        _print_json([asdict(score) for score in result.scores])
+        _print_json([score.as_row() for score in result.scores])
     else:
         print((out / REPORT).read_text())
         print(f"results: {out}")

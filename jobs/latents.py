@@ -103,7 +103,8 @@ def _mean_psnr(cache: str, model: str, manifest: str, images: int) -> float:
 
     autoencoder = load_autoencoder(model)
     found = LatentCache(cache, encoder_digest(autoencoder))
-    return fmean(result.psnr for result in judge_latents(found, autoencoder, manifest, images))
+    results = judge_latents(found, autoencoder, manifest, images)
+    return fmean(result.metrics.psnr for result in results)
 
 
 def stats(cache: tyro.conf.Positional[str], /) -> None:

@@ -17,13 +17,13 @@ from pipelines import train_flow
 from pipelines.cache_latents import cache_latents
 from pipelines.caching.judge import decode_row
 from pipelines.caching.verify import require_intact, verify_here
-from pipelines.evaluate import Scores, evaluate
+from pipelines.evaluate import evaluate
 from pipelines.evaluation.report import write_results
 from pipelines.generation.generate import Generator
 from pipelines.generation.sampling import Request
 from pipelines.latents import LatentCache
 from pipelines.reading.shards import local_folder
-from pipelines.reconstruction import sheet_of
+from pipelines.reconstruction import Metrics, sheet_of
 from pipelines.runs import next_step
 from pipelines.tracking import Tracker, open_run
 from pipelines.train_autoencoder import (
@@ -85,7 +85,7 @@ def run_quickstart(storage: str = "runs", fresh: bool = False, flow: bool = Fals
         )
         result = evaluate(evaluation)
         write_results(evaluation, result, folder / "evaluation")
-        scores = result.scores[0]
+        scores = result.scores[0].metrics
         print(f"PSNR {scores.psnr:.2f} dB, SSIM {scores.ssim:.3f}")
 
         _headline("4/5", "latents of the whole corpus")
@@ -176,7 +176,7 @@ def _describe(settings: AutoencoderTraining) -> str:
     )
 
 
-def _record(tracker: Tracker, folder: Path, scores: Scores, latent_bytes: int, step: int) -> None:
+def _record(tracker: Tracker, folder: Path, scores: Metrics, latent_bytes: int, step: int) -> None:
     tracker.log_files(folder / "evaluation" / "results.json", "evaluation")
     tracker.log_files(folder / "evaluation" / "reconstructions.png", "evaluation")
     tracker.log_files(folder / "latents" / "manifest.json", "latents")
@@ -191,7 +191,7 @@ def _record(tracker: Tracker, folder: Path, scores: Scores, latent_bytes: int, s
 
 def _summary(
     settings: AutoencoderTraining,
-    scores: Scores,
+    scores: Metrics,
     rates: dict[str, float],
     folder: Path,
     seconds: float,

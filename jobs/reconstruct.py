@@ -4,7 +4,6 @@ import glob
 import itertools
 import json as json_format
 from collections.abc import Collection, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,7 +14,7 @@ from PIL import Image
 from jobs.command_lines import UsageError
 from pipelines.reading.decode import UnreadableImage
 from pipelines.reading.tar_index import IMAGE_EXTENSIONS
-from pipelines.reconstruction import comparison, reconstruct_image
+from pipelines.reconstruction import comparison, flat, reconstruct_image
 from pipelines.train_autoencoder import load_autoencoder
 
 
@@ -73,12 +72,12 @@ def reconstruct(
         results[target] = {
             "image": str(file),
             "picture": str(target),
-            **asdict(result),
+            **flat(result),
             "seconds": seconds,
         }
         print(
             f"{target}: {result.width} x {result.height}, {result.num_tokens} tokens, "
-            f"PSNR {result.psnr:.2f} dB, SSIM {result.ssim:.4f}, {seconds:.2f} s"
+            f"PSNR {result.metrics.psnr:.2f} dB, SSIM {result.metrics.ssim:.4f}, {seconds:.2f} s"
         )
     if json:
         print(json_format.dumps(list(results.values())))

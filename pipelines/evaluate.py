@@ -6,7 +6,6 @@ others; rows are sorted by key, means are rounded once, and features are summed 
 many threads a worker, results are the same to the last bit on any number of workers.
 """
 
-import math
 import statistics
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -33,6 +32,7 @@ from pipelines.evaluation.subjects import SOURCE, SubjectFacts, SubjectSpec
 from pipelines.evaluation.worker import OK, EvaluatedImage, Evaluator, ExtractorConfig
 from pipelines.failures import root_cause
 from pipelines.reading.shards import local_folder
+from pipelines.reconstruction import Metrics, flat
 from pipelines.whole_images import Transform
 from vitok.frechet import FeatureMoments, Gaussian, few_samples, frechet_distance
 
@@ -49,7 +49,7 @@ class Scores:
     Attributes:
         num_images: images that were reconstructed.
         num_failed: images that were not; their rows say why.
-        psnr, ssim, baseline_psnr, lpips: means over images, see EvaluatedImage.
+        metrics: means over images.
         rfid, rfdd: Fréchet distances of Inception-v3 and DINOv3 features.
         seconds, peak_mb: medians over images.
         compression_ratio, bits_per_pixel, digest, device: see SubjectFacts.
@@ -60,10 +60,7 @@ class Scores:
     resolution: str
     num_images: int
     num_failed: int
-    psnr: float | None
-    ssim: float | None
-    baseline_psnr: float | None
-    lpips: float | None
+    metrics: Metrics | None
     rfid: float | None
     rfdd: float | None
     seconds: float | None
@@ -73,6 +70,10 @@ class Scores:
     digest: str
     device: str
     warnings: tuple[str, ...]
+
+    def as_row(self) -> dict[str, Any]:
+        """Return all of it by name, the metrics among the rest."""
+        return flat(self)
 
 
 @dataclass(frozen=True, eq=False)
@@ -355,16 +356,8 @@ def _score(
 ) -> Scores:
     good = [image for image in images if image.status == OK]
 
-    def values(name: str) -> list[float]:
-        return [value for image in good if (value := getattr(image, name)) is not None]
-
-    def mean(name: str) -> float | None:
-        # fsum rounds once: the order of the images does not matter.
-        found = values(name)
-        return math.fsum(found) / len(found) if found else None
-
     def median(name: str) -> float | None:
-        found = values(name)
+        found = [value for image in good if (value := getattr(image, name)) is not None]
         return statistics.median(found) if found else None
 
     return Scores(
@@ -372,10 +365,7 @@ def _score(
         resolution=place[1],
         num_images=len(good),
         num_failed=len(images) - len(good),
-        psnr=mean("psnr"),
-        ssim=mean("ssim"),
-        baseline_psnr=mean("baseline_psnr"),
-        lpips=mean("lpips"),
+        metrics=Metrics.mean([image.metrics for image in good]) if good else None,
         rfid=distances.get("inception"),
         rfdd=distances.get("dino"),
         seconds=median("seconds"),
@@ -397,7 +387,7 @@ def _pictures(
     """Draw the images that came back worst and best, worst first."""
     good = sorted(
         (image for image in images if image.status == OK),
-        key=lambda image: (image.psnr, image.key),
+        key=lambda image: (image.metrics.psnr, image.key),
     )
     num_worst = (run.settings.num_pictures + 1) // 2
     num_best = min(run.settings.num_pictures, len(good)) - num_worst

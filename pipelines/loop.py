@@ -2,14 +2,11 @@
 
 import logging
 import math
-import tempfile
-import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -23,6 +20,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 
+from pipelines.checkpoints import Checkpoints
 from pipelines.failures import Diverged, Unrecoverable
 from pipelines.ingest import object_store_bytes
 from pipelines.meter import Meter, process_metrics
@@ -111,28 +109,13 @@ def fit(
         recipe.initialize(model)
     optimizer = build_optimizer(model, optim)
     ema = Ema(model, optim.ema_decay) if optim.ema_decay else None
-    state = TrainState(model, optimizer, ema)
-    progress = {
-        "cursor": plan.cursor(0),
-        "skipped": 0,
-        "store_retries": 0,
-        "corpus": plan.corpus.digest,
-    }
-    if checkpoint is not None:
-        with checkpoint.as_directory() as folder:
-            saved = state.load(Path(folder))
-        if saved["corpus"] != plan.corpus.digest:
-            raise Unrecoverable(
-                f"{plan.corpus.location} has changed since the run's last checkpoint, and with it "
-                "the order of samples; restore the manifests, or choose another run.name"
-            )
-        progress = {name: saved[name] for name in progress}
+    checkpoints = Checkpoints(TrainState(model, optimizer, ema), plan, recipe.story)
+    progress = checkpoints.load(checkpoint)
     first_step = progress["cursor"]["step"]
     # What a killed attempt logged after its last checkpoint is not logged twice.
     logged = tracker.last_step("loss") if tracker else -1
     total_images = plan.images_before(plan.num_steps)
     meter = Meter(plan.data.row_tokens * world_size, _peak_of_all(device) if run.mfu else 0.0)
-    checkpoints = _Checkpoints(state, recipe.story)
     ledger: list[Outcome] = []
     status = ""
     preempted = False
@@ -410,45 +393,3 @@ def _peak_of_all(device: torch.device) -> float:
     peak = torch.tensor(peak_flops(device).flops_per_s, dtype=torch.float64, device=device)
     dist.all_reduce(peak)
     return peak.item()
-
-
-class _Checkpoints:
-    """Writes checkpoints while the training goes on, one at a time."""
-
-    def __init__(self, state: TrainState, story: dict[str, Any]) -> None:
-        self._state = state
-        self._story = story
-        self._is_idle = threading.Event()
-        self._is_idle.set()
-
-    def save(
-        self, progress: dict[str, Any], metrics: dict[str, float], done: int, *, wait: bool
-    ) -> None:
-        """Copy the state, write it and report it to Ray Train; called by every rank.
-
-        Args:
-            wait: until it is in the run's storage.
-        """
-        self._is_idle.wait()
-        self._is_idle.clear()
-        folder = tempfile.mkdtemp(prefix="vitok-checkpoint-")
-        saving = self._state.save(Path(folder), progress | self._story)
-        storage = ray.train.get_context().get_storage()
-
-        def upload(checkpoint: ray.train.Checkpoint, name: str) -> ray.train.Checkpoint:
-            try:
-                saving.result()
-                # Every rank uploads its own shards, and the checkpoint counts once all are there.
-                return storage.persist_current_checkpoint(checkpoint, name)
-            finally:
-                self._is_idle.set()
-
-        modes = ray.train.CheckpointUploadMode
-        ray.train.report(
-            metrics | progress,
-            checkpoint=ray.train.Checkpoint.from_directory(folder),
-            checkpoint_dir_name=f"step-{done:08d}",
-            checkpoint_upload_mode=modes.SYNC if wait else modes.ASYNC,
-            delete_local_checkpoint_after_upload=True,
-            checkpoint_upload_fn=upload,
-        )

@@ -1,10 +1,11 @@
 """How well images are reconstructed: results, means and pictures, in training and after it."""
 
 import dataclasses
+import math
 import time
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from statistics import fmean
+from typing import Any
 
 import numpy as np
 import torch
@@ -29,6 +30,54 @@ _ERROR_GAIN = 4.0  # error maps show |x - y| this many times brighter
 Reconstruct = Callable[[PackedTokens], Reconstruction]
 
 
+def _shown(heading: str, digits: int, **default: Any) -> Any:
+    """Declare a metric with its heading in tables, "" for no column, and its digits there."""
+    return dataclasses.field(metadata={"heading": heading, "digits": digits}, **default)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Metrics:
+    """How well an image came back; of many images, the means of that.
+
+    A field more, filled in `measure`, is averaged, logged, written and shown by its name.
+
+    Attributes:
+        psnr, ssim: data range 2 for values in [-1, 1].
+        baseline_psnr: PSNR of the best image with one colour in every patch.
+        lpips: distance by VGG16, where that is loaded.
+    """
+
+    psnr: float = _shown("PSNR", 2)
+    ssim: float = _shown("SSIM", 4)
+    baseline_psnr: float = _shown("", 2)
+    lpips: float | None = _shown("LPIPS", 4, default=None)
+
+    def known(self) -> dict[str, float]:
+        """Return what was measured, by its name."""
+        return {name: value for name, value in vars(self).items() if value is not None}
+
+    @classmethod
+    def mean(cls, images: Sequence["Metrics"]) -> "Metrics":
+        """Return the means over images, one or more, which have the same metrics."""
+        # fsum rounds once: the order of the images does not matter.
+        return cls(
+            **{
+                name: math.fsum(getattr(image, name) for image in images) / len(images)
+                for name in images[0].known()
+            }
+        )
+
+
+METRICS = {field.name: field.metadata for field in dataclasses.fields(Metrics)}
+
+
+def flat(record: Any) -> dict[str, Any]:
+    """Return the fields of a dataclass by name, with those of its `metrics` in their place."""
+    row = vars(record).copy()
+    metrics = row.pop("metrics")
+    return row | (vars(metrics) if metrics else dict.fromkeys(METRICS))
+
+
 @dataclasses.dataclass(frozen=True)
 class ImageResult:
     """One evaluated image.
@@ -37,17 +86,14 @@ class ImageResult:
         key: its key in the corpus.
         height, width: pixels at which it was evaluated.
         num_tokens: patches of it.
-        psnr, ssim: of the reconstruction; data range 2 for values in [-1, 1].
-        baseline_psnr: of the best image with one colour in every patch.
+        metrics: how well it came back.
     """
 
     key: str
     height: int
     width: int
     num_tokens: int
-    psnr: float
-    ssim: float
-    baseline_psnr: float
+    metrics: Metrics
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,6 +159,13 @@ def judge(key: str, source: Tensor, image: Tensor, patch_size: int) -> ImageResu
         height=height,
         width=width,
         num_tokens=num_tokens(height, width, patch_size),
+        metrics=measure(source, image, patch_size),
+    )
+
+
+def measure(source: Tensor, image: Tensor, patch_size: int) -> Metrics:
+    """Measure a reconstruction [3, H, W] of a source, both in [-1, 1], without a network."""
+    return Metrics(
         psnr=psnr(image, source),
         ssim=ssim(image, source),
         baseline_psnr=psnr(constant_patches(source, patch_size), source),
@@ -180,12 +233,9 @@ def summarize(results: Sequence[ImageResult]) -> dict[str, float]:
     """
     if not results:
         raise ValueError("no held-out image is readable; check the manifest's shards")
-    return {
-        "eval_psnr": fmean(result.psnr for result in results),
-        "eval_ssim": fmean(result.ssim for result in results),
-        "eval_baseline_psnr": fmean(result.baseline_psnr for result in results),
-        "eval_images": float(len(results)),
-    }
+    means = Metrics.mean([result.metrics for result in results]).known()
+    named = {f"eval_{name}": value for name, value in means.items()}
+    return named | {"eval_images": float(len(results))}
 
 
 def comparison(source: Tensor, reconstruction: Tensor) -> NDArray[np.uint8]:

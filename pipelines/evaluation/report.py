@@ -3,7 +3,6 @@
 import json
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,7 @@ from pipelines.evaluate import EvaluationResult, Scores, statistics_name
 from pipelines.evaluation.config import EvaluationConfig
 from pipelines.evaluation.published import PUBLISHED, PublishedFigures
 from pipelines.evaluation.worker import OK
-from pipelines.reconstruction import sheet_of
+from pipelines.reconstruction import METRICS, sheet_of
 from pipelines.runs import next_step
 from pipelines.tracking import Tracker, run_around, tracker_of
 from vitok.checkpoint import PROGRESS_FILE
@@ -26,19 +25,17 @@ from vitok.storage import Folder
 RESULTS, IMAGES, SAMPLES, REPORT = "results.json", "images.parquet", "samples.txt", "report.md"
 PICTURE = "reconstructions.png"
 
-# Columns of the table: heading, field of Scores, digits behind the point.
+# Columns of the table: heading (none: no column), name in a row of Scores, digits behind the point.
 _COLUMNS = (
     ("r", "compression_ratio", 1),
     ("bits/pixel", "bits_per_pixel", 2),
     ("rFID", "rfid", 2),
     ("rFDD", "rfdd", 2),
-    ("PSNR", "psnr", 2),
-    ("SSIM", "ssim", 4),
-    ("LPIPS", "lpips", 4),
+    *((shown["heading"], name, shown["digits"]) for name, shown in METRICS.items()),
     ("s/image", "seconds", 4),
     ("MB", "peak_mb", 0),
 )
-_SCORES_IN_MLFLOW = ("psnr", "ssim", "lpips", "rfid", "rfdd", "seconds", "peak_mb")
+_SCORES_IN_MLFLOW = (*METRICS, "rfid", "rfdd", "seconds", "peak_mb")
 
 
 def write_results(settings: EvaluationConfig, result: EvaluationResult, out: Path) -> None:
@@ -70,8 +67,9 @@ def log_to_runs(settings: EvaluationConfig, result: EvaluationResult, out: Path)
         metrics = {
             f"{place}/{score.resolution.replace(' ', '_')}/{name}": float(value)
             for score in scores
+            for row in [score.as_row()]
             for name in _SCORES_IN_MLFLOW
-            if (value := getattr(score, name)) is not None
+            if (value := row[name]) is not None
         }
         tracker.log_metrics(metrics, _step_of(Folder.of(spec.location), run))
         log_results(tracker, out, place)
@@ -88,16 +86,17 @@ def log_results(tracker: Tracker, out: Path, place: str) -> None:
 
 def markdown(settings: EvaluationConfig, result: EvaluationResult) -> str:
     """Return the table of an evaluation, with published figures, marked as such, below it."""
+    scores = [score.as_row() for score in result.scores]
     columns = [
         column
         for column in _COLUMNS
-        if any(getattr(score, column[1]) is not None for score in result.scores)
+        if column[0] and any(score[column[1]] is not None for score in scores)
     ]
     header = ["subject", "resolution", "images", *(heading for heading, *_ in columns)]
     rows = [
         [score.subject, score.resolution, _count(score)]
-        + [_number(getattr(score, name), digits) for _, name, digits in columns]
-        for score in result.scores
+        + [_number(values[name], digits) for _, name, digits in columns]
+        for score, values in zip(result.scores, scores, strict=True)
     ]
     if settings.benchmark:
         rows += [
@@ -142,8 +141,8 @@ def _captions(result: EvaluationResult) -> list[str]:
     for place, strips in result.pictures.items():
         if not strips:
             continue
-        psnr = {image.key: image.psnr for image in result.images[place]}
-        shown = ", ".join(f"{key} ({_number(psnr[key], 2)} dB)" for key in strips)
+        metrics = {image.key: image.metrics for image in result.images[place]}
+        shown = ", ".join(f"{key} ({metrics[key].psnr:.2f} dB)" for key in strips)
         lines.append(f"- pictures/{_picture_name(*place)}, worst first: {shown}")
     return lines
 
@@ -161,9 +160,10 @@ def draw_plots(scores: Sequence[Scores], folder: Path) -> None:
     ]
     for name, x, y, x_label, y_label in plots:
         points = [
-            (score, getattr(score, x), getattr(score, y))
+            (score, row[x], row[y])
             for score in scores
-            if getattr(score, x) is not None and getattr(score, y) is not None
+            for row in [score.as_row()]
+            if row[x] is not None and row[y] is not None
         ]
         if not points:
             continue
@@ -210,7 +210,7 @@ def _document(settings: EvaluationConfig, result: EvaluationResult) -> dict[str,
     return {
         "settings": to_dict(settings),
         "samples": {"count": len(result.keys), "digest": result.samples_digest, "list": SAMPLES},
-        "scores": [asdict(score) for score in result.scores],
+        "scores": [score.as_row() for score in result.scores],
         "failed_subjects": result.failed,
         "left_out": result.left_out,
         "failed_images": [
@@ -229,7 +229,7 @@ def _table(result: EvaluationResult) -> pa.Table:
     return pa.Table.from_pylist(
         [
             {"subject": place[0], "resolution": place[1], "bits_per_pixel": bits[place]}
-            | asdict(image)
+            | image.as_row()
             for place, images in result.images.items()
             for image in images
         ],
@@ -241,18 +241,7 @@ _IMAGE_SCHEMA = pa.schema(
     [
         *((name, pa.string()) for name in ("subject", "resolution", "key", "status")),
         *((name, pa.int32()) for name in ("height", "width", "num_tokens")),
-        *(
-            (name, pa.float64())
-            for name in (
-                "psnr",
-                "ssim",
-                "baseline_psnr",
-                "lpips",
-                "bits_per_pixel",
-                "seconds",
-                "peak_mb",
-            )
-        ),
+        *((name, pa.float64()) for name in (*METRICS, "bits_per_pixel", "seconds", "peak_mb")),
     ]
 )
 

@@ -3,7 +3,8 @@
 import statistics
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,7 +20,7 @@ from pipelines.evaluation.subjects import Subject, SubjectFacts, SubjectSpec, lo
 from pipelines.failures import is_out_of_memory, root_cause
 from pipelines.mixture import Corpus
 from pipelines.packed_rows import PackedRow
-from pipelines.reconstruction import comparison, judge
+from pipelines.reconstruction import Metrics, comparison, flat, judge
 from pipelines.whole_images import Transform
 from vitok.config import config
 from vitok.features import DinoFeatures, FeatureExtractor, InceptionFeatures
@@ -66,9 +67,7 @@ class EvaluatedImage:
         key: its key in the corpus.
         height, width: pixels at which it was evaluated.
         num_tokens: patches of the evaluation's patch_size.
-        psnr, ssim: data range 2 for values in [-1, 1].
-        baseline_psnr: of the best image with one colour in every patch.
-        lpips: distance by VGG16.
+        metrics: how well it came back.
         seconds: of reconstructing it; of an equal share of its pass, where others were beside it.
         peak_mb: memory of the pass at its peak, beyond what was in use before it.
         status: "ok", or why there is no reconstruction.
@@ -78,13 +77,14 @@ class EvaluatedImage:
     height: int | None = None
     width: int | None = None
     num_tokens: int | None = None
-    psnr: float | None = None
-    ssim: float | None = None
-    baseline_psnr: float | None = None
-    lpips: float | None = None
+    metrics: Metrics | None = None
     seconds: float | None = None
     peak_mb: float | None = None
     status: str = OK
+
+    def as_row(self) -> dict[str, Any]:
+        """Return all of it by name, the metrics among the rest; None for those not known."""
+        return flat(self)
 
 
 @dataclass(frozen=True)
@@ -258,15 +258,13 @@ class Evaluator:
             if not output.isfinite().all():
                 raise ArithmeticError("the reconstruction holds values that are not finite")
             result = judge(key, source, output, self._patch_size)
-            distance = None
             if self._lpips is not None:
                 with torch.inference_mode():
                     distance = self._lpips(output[None].clamp(-1, 1), source[None]).item()
+                result = replace(result, metrics=replace(result.metrics, lpips=distance))
         except Exception as error:  # such as a reconstruction of another size
             return EvaluatedImage(key, height, width, status=reason_of(error))
-        return EvaluatedImage(
-            **asdict(result), lpips=distance, seconds=attempt.seconds, peak_mb=attempt.peak_mb
-        )
+        return EvaluatedImage(**vars(result), seconds=attempt.seconds, peak_mb=attempt.peak_mb)
 
 
 def load_extractors(

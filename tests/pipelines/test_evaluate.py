@@ -94,16 +94,17 @@ def test_results_equal_those_of_each_image_alone(
         outputs.append(output)
         assert (found.height, found.width) == source.shape[1:]
         assert found.num_tokens == -(-source.shape[1] // 16) * -(-source.shape[2] // 16) <= BUDGET
-        assert found.psnr == pytest.approx(psnr(output, source), abs=1e-3)
-        assert found.ssim == pytest.approx(ssim(output, source), abs=1e-4)
+        assert found.metrics.psnr == pytest.approx(psnr(output, source), abs=1e-3)
+        assert found.metrics.ssim == pytest.approx(ssim(output, source), abs=1e-4)
         baseline = psnr(constant_patches(source, 16), source)
-        assert found.baseline_psnr == pytest.approx(baseline, abs=1e-3)
+        assert found.metrics.baseline_psnr == pytest.approx(baseline, abs=1e-3)
         assert found.seconds > 0
         assert found.status == OK
-    assert len({image.psnr for image in images}) == 11
+    assert len({image.metrics.psnr for image in images}) == 11
 
     (score,) = result.scores
-    assert score.psnr == pytest.approx(math.fsum(x.psnr for x in images) / 11, rel=1e-12)
+    mean = math.fsum(image.metrics.psnr for image in images) / 11
+    assert score.metrics.psnr == pytest.approx(mean, rel=1e-12)
     assert (score.num_images, score.num_failed) == (11, 0)
     assert score.compression_ratio == 3 * 16**2 / 16
     assert score.bits_per_pixel == 16 * 16 / 16**2
@@ -122,7 +123,7 @@ def test_worst_images_come_first_and_best_last_in_the_pictures(settings: Evaluat
     result = evaluate(settings)
     (images,) = result.images.values()
     (pictures,) = result.pictures.values()
-    by_psnr = [image.key for image in sorted(images, key=lambda image: image.psnr)]
+    by_psnr = [image.key for image in sorted(images, key=lambda image: image.metrics.psnr)]
     assert list(pictures) == [*by_psnr[:2], by_psnr[-1]]
     for key, source in zip(pictures, sources(settings, list(pictures)), strict=True):
         height, width = source.shape[1:]
@@ -219,7 +220,7 @@ def test_a_subject_that_fails_on_an_image_fails_on_no_other(
     assert status["tall"].endswith("the reconstruction holds values that are not finite")
     assert status["thin"] == "failed: TypeError: an image of this shape"
     assert (result.scores[0].num_images, result.scores[0].num_failed) == (2, 4)
-    assert result.scores[0].psnr == pytest.approx(100), "of those that came back"
+    assert result.scores[0].metrics.psnr == pytest.approx(100), "of those that came back"
 
 
 def test_a_subject_that_cannot_be_loaded_is_named_and_the_others_evaluated(
@@ -346,8 +347,9 @@ def test_lpips_compares_whole_images(
     model = load_autoencoder(settings.specs()[0].location)
     for found, source in zip(images, sources(settings, result.keys), strict=True):
         (output,) = model.decode(model.encode(source))
-        assert found.lpips == pytest.approx((output - source).abs().mean().item(), rel=1e-3)
-    assert result.scores[0].lpips == pytest.approx(sum(image.lpips for image in images) / 3)
+        assert found.metrics.lpips == pytest.approx((output - source).abs().mean().item(), rel=1e-3)
+    mean = sum(image.metrics.lpips for image in images) / 3
+    assert result.scores[0].metrics.lpips == pytest.approx(mean)
 
 
 @pytest.mark.parametrize(

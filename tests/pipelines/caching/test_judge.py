@@ -60,7 +60,7 @@ def test_latents_decode_to_the_very_images_they_are_of(
     assert [result.key for result in results] == [row.key for row in cache]
     assert len(results) == 5 * 4
     # Another crop, or the image the other way round, would give 10 to 20 dB.
-    assert min(result.psnr for result in results) > 60
+    assert min(result.metrics.psnr for result in results) > 60
     assert len(judge_latents(cache, model, settings.manifest, num_images=3)) == 3
     with pytest.raises(ValueError, match=r"has no shard of the digest \w+, of which .* is; give"):
         judge_latents(cache, model, str(sample_manifests[0]), num_images=3)

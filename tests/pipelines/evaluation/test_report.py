@@ -62,7 +62,7 @@ def test_everything_is_written(settings: EvaluationConfig, result: EvaluationRes
         ("jpeg", "square 32"),
         ("jpeg", "square 64"),
     ]
-    assert document["scores"][0]["psnr"] == result.scores[0].psnr
+    assert document["scores"][0]["psnr"] == result.scores[0].metrics.psnr
     assert document["failed_subjects"] == {"other": "no weights"}
     assert [(x["subject"], x["key"], x["why"]) for x in document["failed_images"]] == [
         ("tiny", keys[1], "out of memory")
@@ -73,7 +73,7 @@ def test_everything_is_written(settings: EvaluationConfig, result: EvaluationRes
         images = result.images[row["subject"], row["resolution"]]
         (image,) = (image for image in images if image.key == row["key"])
         assert (row["psnr"], row["num_tokens"], row["status"]) == (
-            image.psnr,
+            image.metrics and image.metrics.psnr,
             image.num_tokens,
             image.status,
         )
@@ -119,13 +119,13 @@ def test_published_figures_stand_beside_and_are_marked(
         if line.startswith("|")
         for cells in [[cell.strip() for cell in line[1:-1].split("|")]]
     }
-    assert rows["tiny", "square 32"]["PSNR"] == f"{result.scores[0].psnr:.2f}"
+    assert rows["tiny", "square 32"]["PSNR"] == f"{result.scores[0].metrics.psnr:.2f}"
     published = rows["ViTok-v2 5B f16x32 (published)", "imagenet-256p"]
     assert (published["PSNR"], published["SSIM"], published["images"]) == ("31.20", "0.8670", "")
     assert (published["r"], published["bits/pixel"]) == ("24.0", "")
     (shown,) = (line for line in lines if line.startswith("- pictures/jpeg-square_32.png, worst f"))
-    worst = min(result.images["jpeg", "square 32"], key=lambda image: image.psnr)
-    assert shown.partition(": ")[2].startswith(f"{worst.key} ({worst.psnr:.2f} dB), ")
+    worst = min(result.images["jpeg", "square 32"], key=lambda image: image.metrics.psnr)
+    assert shown.partition(": ")[2].startswith(f"{worst.key} ({worst.metrics.psnr:.2f} dB), ")
     ours = [name for name, _ in rows if "(published)" not in name]
     assert sorted(set(ours)) == ["jpeg", "tiny"]
     assert "measured by others (arXiv 2605.05331)" in table
@@ -167,7 +167,7 @@ def test_results_are_logged_under_the_run_of_the_model(
     client = MlflowClient(tracking_uri(TrackingConfig(), str(tmp_path)))
     logged = client.get_run(note["run_id"])
     assert logged.info.status == "FINISHED", "as it was"
-    assert logged.data.metrics["evaluation/square_32/psnr"] == result.scores[0].psnr
-    assert logged.data.metrics["evaluation/square_64/psnr"] == result.scores[1].psnr
+    assert logged.data.metrics["evaluation/square_32/psnr"] == result.scores[0].metrics.psnr
+    assert logged.data.metrics["evaluation/square_64/psnr"] == result.scores[1].metrics.psnr
     files = {Path(file.path).name for file in client.list_artifacts(note["run_id"], "evaluation")}
     assert {"results.json", "images.parquet", "report.md", "plots", "pictures"} <= files
