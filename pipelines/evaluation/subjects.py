@@ -2,7 +2,7 @@
 
 import difflib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -75,13 +75,16 @@ class SubjectSpec:
             ValueError: an option that there is not, or a value that it cannot have.
         """
         location, *options = text.split(",")
-        fields: dict[str, Any] = {"location": location}
+        given: dict[str, Any] = {"location": location}
         for option in options:
             name, separator, value = option.partition("=")
-            if not separator:
-                raise ValueError(f"{text}: {option!r} is no option; write option=value")
-            fields[name] = value
-        return parse_config(cls, fields, text)
+            name = name.replace("-", "_")  # as on the command line
+            if not separator or name not in _OPTIONS:
+                raise ValueError(
+                    f"{text}: {option!r} is no option; write option=value, of {', '.join(_OPTIONS)}"
+                )
+            given[name] = value
+        return parse_config(cls, given, text)
 
     def absolute(self) -> "SubjectSpec":
         """Return the same with an absolute path, if it is one: workers run in other directories."""
@@ -114,6 +117,9 @@ class SubjectSpec:
     def is_ours(self) -> bool:
         """Whether it is a model of this project."""
         return not (self.is_codec or self.is_baseline or self.location == SOURCE)
+
+
+_OPTIONS = tuple(field.name for field in fields(SubjectSpec) if field.name != "location")
 
 
 @dataclass(frozen=True)

@@ -239,6 +239,7 @@ def test_a_spec_names_itself_by_what_is_special() -> None:
     )
     assert SubjectSpec.parse("sd-vae,name=SD").title == "SD"
     assert SubjectSpec.parse("350M-f16x64,compile=yes").compile
+    assert SubjectSpec.parse("jpeg,bits-per-pixel=2").bits_per_pixel == 2, "as on the command line"
     assert SubjectSpec.parse("sd-vae").is_baseline
     assert not SubjectSpec.parse("sd-vae").is_ours
     assert SubjectSpec.parse("owner/name@main").is_ours
