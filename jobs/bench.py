@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import psutil
 import torch
-import tyro
+
+from jobs import positional
 
 if TYPE_CHECKING:
     from jobs.bench_train import StepFigures
@@ -437,7 +438,7 @@ def evaluate(
     _finish("evaluate", {"model": model, "side": side, **rounded}, threads)
 
 
-def every(labels: tyro.conf.Positional[tuple[str, ...]] = (), /, *, json: bool = False) -> None:
+def every(labels: positional.Names = (), /, *, json: bool = False) -> None:
     """Every benchmark with its defaults, one after the other, beside what the project aims at.
 
     Takes most of an hour on two cores, and means something only where nothing else runs.

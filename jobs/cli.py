@@ -11,6 +11,7 @@ from typing import Any
 
 import tyro
 
+from jobs import positional
 from jobs.command_lines import UsageError, lookup, read_recipe, sub_command
 from pipelines.failures import Preempted, root_cause
 
@@ -163,8 +164,8 @@ def export(arguments: Sequence[str]) -> None:
     from vitok.storage import Folder
 
     def write(
-        run: tyro.conf.Positional[str],
-        folder: tyro.conf.Positional[str],
+        run: positional.Run,
+        folder: positional.Folder,
         /,
         *,
         average: bool = True,
@@ -191,7 +192,7 @@ def models(arguments: Sequence[str]) -> None:
     """names, parameters, compression and cost of the models"""
     from jobs.models import describe_models, format_models
 
-    def show(names: tyro.conf.Positional[list[str]], /, *, json: bool = False) -> None:
+    def show(names: positional.Names, /, *, json: bool = False) -> None:
         """Show what models are and what an image costs; without names the released ones and more.
 
         Args:
@@ -258,7 +259,7 @@ def bench(arguments: Sequence[str]) -> None:
 
 
 def submit(arguments: Sequence[str]) -> None:
-    """run train, flow, sweep, encode or evaluate as a job on a Ray cluster"""
+    """run train, flow, generate, sweep, encode or evaluate as a job on a Ray cluster"""
     from jobs.submit import submit as submit_job
 
     submit_job(arguments, SUBMITTED)

@@ -5,14 +5,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-import tyro
+from jobs import positional
 
 _MAX_LISTED = 20
 
 
 def build(
-    source: tyro.conf.Positional[str],
-    out: tyro.conf.Positional[str],
+    source: positional.Source,
+    out: positional.Folder,
     /,
     *,
     shard_mb: int = 256,
@@ -71,7 +71,7 @@ def build(
 
 
 def index(
-    shards: tyro.conf.Positional[list[str]],
+    shards: positional.Shards,
     /,
     *,
     out: str,
@@ -132,7 +132,7 @@ def index(
 
 
 def check(
-    manifest: tyro.conf.Positional[str],
+    manifest: positional.Manifest,
     /,
     *,
     decode: bool = True,
@@ -175,7 +175,7 @@ def check(
 
 
 def plan(
-    manifest: tyro.conf.Positional[str] = "",
+    manifest: positional.Manifest = "",
     /,
     *,
     world_size: int = 8,

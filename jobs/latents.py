@@ -5,7 +5,7 @@ from collections.abc import Callable
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Literal
 
-import tyro
+from jobs import positional
 
 if TYPE_CHECKING:
     from pipelines.caching.config import LatentCaching
@@ -39,7 +39,7 @@ def run_encoding(settings: "LatentCaching") -> None:
 
 
 def verify(
-    cache: tyro.conf.Positional[str],
+    cache: positional.Cache,
     /,
     *,
     sample: float = 1.0,
@@ -107,7 +107,7 @@ def _mean_psnr(cache: str, model: str, manifest: str, images: int) -> float:
     return fmean(result.metrics.psnr for result in results)
 
 
-def stats(cache: tyro.conf.Positional[str], /) -> None:
+def stats(cache: positional.Cache, /) -> None:
     """Print what a latent cache holds, as JSON.
 
     Args:
@@ -121,7 +121,7 @@ def stats(cache: tyro.conf.Positional[str], /) -> None:
 
 
 def ls(
-    cache: tyro.conf.Positional[str],
+    cache: positional.Cache,
     /,
     *,
     units: bool = False,
@@ -158,8 +158,8 @@ def ls(
 
 
 def export(
-    cache: tyro.conf.Positional[str],
-    out: tyro.conf.Positional[str],
+    cache: positional.Cache,
+    out: positional.Folder,
     /,
     *,
     format: Literal["webdataset"] = "webdataset",
@@ -198,7 +198,7 @@ def export(
 
 
 def plan(
-    recipe: tyro.conf.Positional[str],
+    recipe: positional.Recipe,
     /,
     *,
     shards: int = 1420,

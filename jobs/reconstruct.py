@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-import tyro
 from PIL import Image
 
+from jobs import positional
 from jobs.command_lines import UsageError
 from pipelines.reading.decode import UnreadableImage
 from pipelines.reading.tar_index import IMAGE_EXTENSIONS
@@ -19,7 +19,7 @@ from pipelines.train_autoencoder import load_autoencoder
 
 
 def reconstruct(
-    images: tyro.conf.Positional[list[str]],
+    images: positional.Images,
     /,
     *,
     model: str,

@@ -10,8 +10,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-import tyro
-
+from jobs import positional
 from pipelines.failures import Preempted
 
 RUN_KEY = "run"
@@ -167,7 +166,7 @@ def _heads() -> dict[str, Any]:
     return {name: name for name in ("job", "status", "command", "run", "started")}
 
 
-def status(job: tyro.conf.Positional[str], /, *, address: str = "", json: bool = False) -> None:
+def status(job: positional.Job, /, *, address: str = "", json: bool = False) -> None:
     """Say how a job is, and where.
 
     Args:
@@ -185,7 +184,7 @@ def status(job: tyro.conf.Positional[str], /, *, address: str = "", json: bool =
         print(f"{name:<{width}}  {value or ''}".rstrip())
 
 
-def logs(job: tyro.conf.Positional[str], /, *, address: str = "", follow: bool = False) -> None:
+def logs(job: positional.Job, /, *, address: str = "", follow: bool = False) -> None:
     """Print what a job has said.
 
     Args:
@@ -204,7 +203,7 @@ def logs(job: tyro.conf.Positional[str], /, *, address: str = "", follow: bool =
 _follow = follow  # the option above has its name
 
 
-def stop(job: tyro.conf.Positional[str], /, *, address: str = "", wait: bool = True) -> None:
+def stop(job: positional.Job, /, *, address: str = "", wait: bool = True) -> None:
     """Ask a job to end; a training writes a checkpoint first, and can be gone on with.
 
     Args:

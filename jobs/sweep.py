@@ -3,8 +3,7 @@
 import json as json_format
 from dataclasses import dataclass
 
-import tyro
-
+from jobs import positional
 from pipelines.sweeps.config import SweepConfig, Trial, trials_of
 from pipelines.sweeps.costs import memory_of, work_of
 from pipelines.sweeps.report import study_of, to_json, write_report
@@ -92,9 +91,7 @@ def format_costs(sweep: SweepConfig, costs: list[TrialCost]) -> str:
     return "\n".join(lines)
 
 
-def report(
-    name: tyro.conf.Positional[str], /, *, storage: str = "runs", json: bool = False
-) -> None:
+def report(name: positional.Name, /, *, storage: str = "runs", json: bool = False) -> None:
     """Report on a sweep, finished or not, from its records: Markdown, JSON, CSV and plots.
 
     Args:
