@@ -22,6 +22,7 @@ from pipelines.reconstruction import judge
 from pipelines.whole_images import Transform, iterate_rows
 from vitok.frechet import FeatureMoments, Gaussian, frechet_distance
 from vitok.packed import unpack_images
+from vitok.variants import AutoencoderConfig
 
 _PATCH_SIZE = 16
 _SLICE_IMAGES = 32
@@ -52,6 +53,7 @@ def measure_evaluation(
     """
     torch.set_num_threads(threads)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    AutoencoderConfig.from_name(model)  # a wrong name costs no corpus
     with (
         tempfile.TemporaryDirectory(prefix="vitok-bench-") as scratch,
         indexed_shards(shards) as source,

@@ -97,22 +97,22 @@ def run_quickstart(storage: str = "runs", fresh: bool = False, flow: bool = Fals
                 out=str(folder / "latents"),
             )
         )
-    _headline("5/5", "reading the latents back")
-    model = load_autoencoder(export.uri)
-    cache = LatentCache(str(folder / "latents"), encoder_digest(model))
-    require_intact(verify_here(cache.location), cache.location)
-    decoded = decode_row(model, cache[0])
-    print(
-        f"{len(cache)} latents are as they were written; the first, {cache[0].key}, decodes to "
-        f"{decoded.shape[2]} x {decoded.shape[1]} pixels"
-    )
-    with open_run(
-        settings.run.folder, settings.run.name, settings.run.tracking, storage, settings
-    ) as tracker:
-        _record(tracker, folder, scores, manifest.num_bytes, plan_of(settings).num_steps)
-        rates = tracker.latest_metrics()
-    if flow:
-        generate_samples(storage, folder)
+        _headline("5/5", "reading the latents back")
+        model = load_autoencoder(export.uri)
+        cache = LatentCache(str(folder / "latents"), encoder_digest(model))
+        require_intact(verify_here(cache.location), cache.location)
+        decoded = decode_row(model, cache[0])
+        print(
+            f"{len(cache)} latents are as they were written; the first, {cache[0].key}, decodes to "
+            f"{decoded.shape[2]} x {decoded.shape[1]} pixels"
+        )
+        with open_run(
+            settings.run.folder, settings.run.name, settings.run.tracking, storage, settings
+        ) as tracker:
+            _record(tracker, folder, scores, manifest.num_bytes, plan_of(settings).num_steps)
+            rates = tracker.latest_metrics()
+        if flow:
+            generate_samples(storage, folder)
     _summary(settings, scores, rates, folder, time.monotonic() - started)
 
 
