@@ -10,8 +10,20 @@ import tyro
 from PIL import Image
 
 from pipelines.generation.flow_curves import best_for_compute, curve_of, draw_curves
-from pipelines.generation.generate import Generation, Generator, generate
-from pipelines.generation.sampling import Request, embed_texts, spread_classes, whole_patches
+from pipelines.generation.generate import (
+    Generation,
+    Generator,
+    generate,
+    prepare_generation,
+)
+from pipelines.generation.sampling import (
+    Request,
+    embed_texts,
+    load_text_encoder,
+    require_texts_learned,
+    spread_classes,
+    whole_patches,
+)
 from pipelines.reconstruction import sheet_of
 from pipelines.train_flow import read_statistics
 from vitok.flow import Method, SamplerConfig
@@ -68,9 +80,11 @@ def sample(
     model, statistics = generator.training.model, read_statistics(folder)
     if wrong := [one for one in label if not -1 <= one < model.num_classes]:
         raise ValueError(f"class {wrong[0]} is none of the run's: 0 to {model.num_classes - 1}")
-    if text and not model.text_channels:
-        raise ValueError(f"the model of {folder.uri} learned no texts; leave --text out")
-    embedded = embed_texts(text, statistics, text_encoder, device) if text else [None]
+    embedded: list[torch.Tensor | None] = [None]
+    if text:
+        require_texts_learned(model, "--text")
+        encoder = load_text_encoder(statistics, text_encoder, device)
+        embedded = [*embed_texts(text, statistics, encoder)]
     pixels = whole_patches(parse_size(size), statistics.patch_size)
     if label or text:
         pairs = [pair for pair in product(label or [-1], embedded) for _ in range(count)]
@@ -91,6 +105,7 @@ def generate_set(settings: Generation) -> None:
     """Sample many images as WebDataset shards on a Ray cluster; goes on where it was stopped."""
     from cluster.local import ray_session
 
+    settings = prepare_generation(settings)
     with ray_session():
         shards = generate(settings)
     print(f"{settings.num_images} images in {len(shards)} shards: {Folder.of(settings.out).uri}")

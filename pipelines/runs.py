@@ -1,16 +1,21 @@
 """A run: how and where it goes, and what its folder says of it."""
 
 import json
-from typing import Any
+from dataclasses import fields
+from typing import Any, TypeVar
 
 from pipelines.tracking import TrackingConfig
-from vitok.config import config, describe_difference, parse_json, to_dict
+from vitok.config import config, describe_difference, parse_config, parse_json, to_dict
 from vitok.parallel import ParallelConfig
 from vitok.storage import Folder
 
 CONFIG_FILE = "config.json"
 # Ray Train's own record of what was committed: a checkpoint that it does not name is half-written.
 _SNAPSHOT_FILE = "checkpoint_manager_snapshot.json"
+# A field that the config of one kind of training alone has -> what that trains, and with what.
+_KINDS = {"stages": "an autoencoder (`vitok train`)", "cache": "a generator (`vitok flow`)"}
+
+TrainingT = TypeVar("TrainingT")
 
 
 @config
@@ -107,6 +112,29 @@ def claim_folder(settings: Any) -> None:
         folder.write_text(CONFIG_FILE, json.dumps(to_dict(settings), indent=2) + "\n")
 
 
+def read_run(folder: Folder, cls: type[TrainingT]) -> TrainingT:
+    """Return the config of the training in a folder.
+
+    Raises:
+        FileNotFoundError: there is no run.
+        ValueError: it is a run of another kind.
+    """
+    text, source = folder.read_text(CONFIG_FILE), f"{folder.uri}/{CONFIG_FILE}"
+    names = {field.name for field in fields(cls)}  # type: ignore[arg-type]
+    (wanted,) = [kind for field, kind in _KINDS.items() if field in names]
+    if text is None:
+        raise FileNotFoundError(
+            f"{folder.uri} holds no run (no {CONFIG_FILE}); give the folder of a run of {wanted}, "
+            "such as runs/NAME"
+        )
+    found = parse_json(dict[str, Any], text, source)
+    kinds = [kind for field, kind in _KINDS.items() if field in found]
+    if wanted not in kinds:
+        what = f"the run of {kinds[0]}" if kinds else "no run"
+        raise ValueError(f"{folder.uri} is {what}; give the run of {wanted}")
+    return parse_config(cls, found, source)
+
+
 def latest_checkpoint(folder: Folder) -> tuple[Folder, dict[str, Any]] | None:
     """Return a run's newest complete checkpoint and the metrics reported with it, if any.
 
@@ -115,6 +143,21 @@ def latest_checkpoint(folder: Folder) -> tuple[Folder, dict[str, Any]] | None:
     text = folder.read_text(_SNAPSHOT_FILE)
     latest = json.loads(text)["latest_checkpoint_result"] if text else None
     return (folder.child(latest["checkpoint_dir_name"]), latest["metrics"]) if latest else None
+
+
+def newest_checkpoint(folder: Folder) -> tuple[Folder, dict[str, Any]]:
+    """Return what latest_checkpoint does, of a run that has one.
+
+    Raises:
+        FileNotFoundError: it has none yet.
+    """
+    latest = latest_checkpoint(folder)
+    if latest is None:
+        raise FileNotFoundError(
+            f"the run in {folder.uri} has no complete checkpoint yet; wait for its first, or lower "
+            "run.checkpoint_every"
+        )
+    return latest
 
 
 def next_step(folder: Folder) -> int:

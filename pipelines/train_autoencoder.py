@@ -25,10 +25,18 @@ from pipelines.reconstruction import (
     evaluation_rows,
     summarize,
 )
-from pipelines.runs import CONFIG_FILE, RunConfig, claim_folder, latest_checkpoint, next_step
+from pipelines.runs import (
+    CONFIG_FILE,
+    RunConfig,
+    claim_folder,
+    latest_checkpoint,
+    newest_checkpoint,
+    next_step,
+    read_run,
+)
 from pipelines.tracking import open_run
 from vitok.autoencoder import Autoencoder, part_of
-from vitok.config import config, flatten, parse_json, require_choice
+from vitok.config import config, flatten, require_choice
 from vitok.flops import training_flops
 from vitok.initialize import start_at_random, start_from_pca
 from vitok.losses import LossConfig, ReconstructionLoss
@@ -221,14 +229,9 @@ def read_settings(folder: Folder) -> AutoencoderTraining:
 
     Raises:
         FileNotFoundError: there is no run.
+        ValueError: it is a run of another kind.
     """
-    text = folder.read_text(CONFIG_FILE)
-    if text is None:
-        raise FileNotFoundError(
-            f"{folder.uri} holds no run (no {CONFIG_FILE}); give the folder of a training run, "
-            "such as runs/NAME"
-        )
-    return parse_json(AutoencoderTraining, text, f"{folder.uri}/{CONFIG_FILE}")
+    return read_run(folder, AutoencoderTraining)
 
 
 def load_autoencoder(
@@ -249,19 +252,17 @@ def load_autoencoder(
 
     Raises:
         FileNotFoundError: there is none of these, or the run has no checkpoint yet.
-        ValueError: the tensors are not those of the config.
+        ValueError: the tensors are not those of the config; it is a run of another kind.
     """
     folder = Folder.of(location)
     has_weights = any(folder.exists(file) for file in WEIGHT_FILES)
     if has_weights or not folder.exists(CONFIG_FILE):
         return load_pretrained(location, part=part, dtype=dtype, meta=meta)
-    latest = latest_checkpoint(folder)
-    if latest is not None:
-        model = read_settings(folder).model
-        return load_checkpoint(latest[0], model, part=part, dtype=dtype, meta=meta)
-    if not folder.child(EXPORT).names():
-        raise _no_checkpoint(folder)
-    return load_pretrained(location, part=part, dtype=dtype, meta=meta)
+    if latest_checkpoint(folder) is None and folder.child(EXPORT).names():
+        return load_pretrained(location, part=part, dtype=dtype, meta=meta)
+    model = read_settings(folder).model
+    checkpoint, _ = newest_checkpoint(folder)
+    return load_checkpoint(checkpoint, model, part=part, dtype=dtype, meta=meta)
 
 
 def export_weights(settings: AutoencoderTraining) -> Folder:
@@ -285,22 +286,12 @@ def export_run(run: Folder, target: Folder, *, average: bool = True) -> tuple[Fo
         FileNotFoundError: there is no run, or it has no checkpoint yet.
     """
     settings = read_settings(run)
-    latest = latest_checkpoint(run)
-    if latest is None:
-        raise _no_checkpoint(run)
-    checkpoint, metrics = latest
+    checkpoint, metrics = newest_checkpoint(run)
     model = load_checkpoint(checkpoint, settings.model, average=average)
     with tempfile.TemporaryDirectory() as scratch:
         save_pretrained(Path(scratch), settings.model, model.state_dict())
         target.upload(Path(scratch))
     return target, int(metrics["cursor"]["step"])
-
-
-def _no_checkpoint(run: Folder) -> FileNotFoundError:
-    return FileNotFoundError(
-        f"the run in {run.uri} has no complete checkpoint yet; wait for its first, or lower "
-        "run.checkpoint_every"
-    )
 
 
 def plan_of(settings: AutoencoderTraining) -> Plan:

@@ -15,6 +15,7 @@ from pipelines.caching.latent_corpus import LatentCorpus, LatentStatistics
 from pipelines.failures import Unrecoverable
 from pipelines.generation.sampling import (
     Request,
+    conditions_of_latents,
     draw_sheet,
     sample_requests,
     spread_classes,
@@ -25,7 +26,7 @@ from pipelines.launch import launch, work
 from pipelines.loop import Evaluation, Recipe
 from pipelines.packed_rows import PackedRow
 from pipelines.plan import DataConfig, Plan, Stage
-from pipelines.runs import CONFIG_FILE, RunConfig, claim_folder
+from pipelines.runs import RunConfig, claim_folder, read_run
 from pipelines.tracking import open_run
 from pipelines.train_autoencoder import load_autoencoder
 from vitok.autoencoder import Autoencoder
@@ -186,13 +187,7 @@ def read_settings(run: Folder) -> FlowTraining:
         FileNotFoundError: there is no run.
         ValueError: it is a run of another kind.
     """
-    text = run.read_text(CONFIG_FILE)
-    if text is None:
-        raise FileNotFoundError(
-            f"{run.uri} holds no run (no {CONFIG_FILE}); give the folder of a flow training, such "
-            "as runs/NAME"
-        )
-    return parse_json(FlowTraining, text, f"{run.uri}/{CONFIG_FILE}")
+    return read_run(run, FlowTraining)
 
 
 def read_statistics(run: Folder) -> LatentStatistics:
@@ -289,9 +284,8 @@ def shown_requests(settings: FlowTraining, corpus: LatentCorpus) -> list[Request
     size = whole_patches(settings.eval_size, corpus.identity.patch_size)
     model = settings.model
     if model.text_channels:
-        records = corpus.records(np.arange(min(settings.eval_images, len(corpus))))
-        labels = records.label if model.num_classes else np.full(len(records), -1)
-        conditions = zip(labels.tolist(), corpus.read_texts(records), strict=True)
+        first = np.arange(min(settings.eval_images, len(corpus)))
+        conditions = conditions_of_latents(corpus, first, model)
         return [Request(seed, label, size, text) for seed, (label, text) in enumerate(conditions)]
     classes = spread_classes(settings.eval_images, model.num_classes)
     return [Request(seed, label, size) for seed, label in enumerate(classes)]

@@ -1,11 +1,11 @@
 """Many samples of a flow model as WebDataset shards: a Ray batch job that goes on where it stopped.
 
-    OUT/generation.json     what is sampled: model, checkpoint, sampler, seeds, classes, size
-    OUT/samples-NUMBER.tar  unit_images samples: KEY.png, KEY.cls, KEY.json
+    OUT/generation.json     what is sampled: model, checkpoint, sampler, seeds, captions, size
+    OUT/samples-NUMBER.tar  unit_images samples: KEY.png, KEY.cls, KEY.json, KEY.txt
 
 Sample i has the seed seed + i and the class i mod num_classes, so that every class is there as
-often as any other. A shard is sampled by itself, in rows of one packing: what lies in it depends on
-its number alone, whoever samples it and when.
+often as any other; or caption i mod num_captions. A shard is sampled by itself, in rows of one
+packing: what lies in it depends on its number alone, whoever samples it and when.
 """
 
 import io
@@ -13,13 +13,14 @@ import json
 import tempfile
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from PIL import Image
 
+from pipelines.generation.prompts import Prompts, prompts_of
 from pipelines.generation.sampling import (
     Request,
     load_dit,
@@ -30,14 +31,14 @@ from pipelines.generation.sampling import (
 from pipelines.launch import check_resources
 from pipelines.progress import progress_bar
 from pipelines.reading.shards import write_shards
-from pipelines.runs import latest_checkpoint
+from pipelines.runs import newest_checkpoint
 from pipelines.train_autoencoder import load_autoencoder
 from pipelines.train_flow import FlowTraining, read_settings, read_statistics
 from vitok.autoencoder import Autoencoder
-from vitok.config import config, describe_difference, parse_json, to_dict
+from vitok.config import UNLESS_EMPTY, config, describe_difference, parse_json, to_dict
 from vitok.dit import DiT
 from vitok.flow import SamplerConfig
-from vitok.storage import Folder
+from vitok.storage import Folder, absolute_if_local
 
 GENERATION_FILE = "generation.json"
 _PREFIX = "samples"
@@ -51,7 +52,12 @@ class Generation:
         model: folder of a flow training; its newest checkpoint is taken.
         out: where the shards go: a folder or `s3://` prefix.
         autoencoder: whose decoder makes pixels; the training's own if empty.
-        num_images: how many samples.
+        captions: what a model of texts samples: a file of one caption a line, or a latent cache
+            with texts, whose images are gone through in order, each with its text and class. Empty
+            samples all classes in turn.
+        text_encoder: of the captions of a file; where it was when the training's cache was made, if
+            empty.
+        num_images: how many samples; more than there are captions begin with the first again.
         size: of every sample in pixels (height, width), enlarged to whole patches.
         sampler: how latents are sampled.
         seed: of the first sample; the others count on from it.
@@ -66,6 +72,8 @@ class Generation:
     model: str
     out: str
     autoencoder: str = ""
+    captions: str = ""
+    text_encoder: str = ""
     num_images: int = 100_000
     size: tuple[int, int] = (256, 256)
     sampler: SamplerConfig = SamplerConfig()
@@ -91,11 +99,13 @@ class GenerationIdentity:
     Attributes:
         checkpoint: URI of the flow model's weights.
         autoencoder: of the decoder's.
+        captions: digest of these; empty for classes.
         device: kind of device that computed: cpu or cuda. Kernels of others round differently.
     """
 
     checkpoint: str
     autoencoder: str
+    captions: Annotated[str, UNLESS_EMPTY] = ""
     num_classes: int
     num_images: int
     size: tuple[int, int]
@@ -134,7 +144,7 @@ class Generator:
         decoder = load_autoencoder(
             decoder_location(training, autoencoder), part="decoder", dtype=compute_dtype
         )
-        model = load_dit(newest_checkpoint(run), training.model)
+        model = load_dit(newest_checkpoint(run)[0], training.model)
         return cls(model.to(device, compute_dtype), decoder.to(device), training, run, device)
 
     def images(
@@ -153,21 +163,6 @@ class Generator:
         return [to_uint8(image) for image in self.decoder.decode(latents)]
 
 
-def newest_checkpoint(run: Folder) -> Folder:
-    """Return a run's newest checkpoint.
-
-    Raises:
-        FileNotFoundError: it has none yet.
-    """
-    latest = latest_checkpoint(run)
-    if latest is None:
-        raise FileNotFoundError(
-            f"the run in {run.uri} has no complete checkpoint yet; wait for its first, or lower "
-            "run.checkpoint_every"
-        )
-    return latest[0]
-
-
 def decoder_location(training: FlowTraining, given: str) -> str:
     """Return where the autoencoder of a run's latents is.
 
@@ -181,27 +176,49 @@ def decoder_location(training: FlowTraining, given: str) -> str:
     return given or training.autoencoder
 
 
+def prepare_generation(settings: Generation) -> Generation:
+    """Check what can be checked before anything starts, and claim the folder.
+
+    Returns:
+        the config to sample by, with absolute locations: workers run in other directories.
+
+    Raises:
+        FileNotFoundError: the run, its checkpoint, the autoencoder, the captions or their encoder
+            is not there.
+        ValueError: the folder holds samples of another kind; the captions do not suit the model.
+    """
+    settings = replace(
+        settings,
+        model=Folder.of(settings.model).uri,
+        out=Folder.of(settings.out).uri,
+        autoencoder=absolute_if_local(settings.autoencoder),
+        captions=Folder.of(settings.captions).uri if settings.captions else "",
+        text_encoder=absolute_if_local(settings.text_encoder),
+    )
+    identity = _identity(settings)
+    if _missing_units(settings):
+        # Names a text encoder that is not there, or is another.
+        _prompts(settings, torch.device("cpu")).of(range(1))
+    _claim(Folder.of(settings.out), identity)
+    return settings
+
+
 def generate(settings: Generation) -> list[str]:
     """Sample what is not sampled yet on the connected Ray cluster.
+
+    Args:
+        settings: as `prepare_generation` returned it.
 
     Returns:
         the URIs of all shards, in order.
 
     Raises:
-        FileNotFoundError: the run, its checkpoint or the autoencoder is not there.
-        ValueError: the folder holds samples of another kind.
+        RuntimeError: the cluster is too small.
     """
     import ray.data
 
     out = Folder.of(settings.out)
-    # Workers run in other directories.
-    settings = replace(settings, model=Folder.of(settings.model).uri, out=out.uri)
-    _claim(out, _identity(settings))
-    num_units = -(-settings.num_images // settings.unit_images)
-    names = [shard_name(unit) for unit in range(num_units)]
-    there = set(out.names())
-    missing = [unit for unit in range(num_units) if names[unit] not in there]
-    if missing:
+    if missing := _missing_units(settings):
         num_workers = min(settings.num_workers, len(missing))
         check_resources(
             num_cpus=num_workers * settings.cpus_per_worker,
@@ -223,7 +240,16 @@ def generate(settings: Generation) -> list[str]:
             for _ in results.iter_batches(batch_size=None):
                 pass
     out.remove_unfinished()
-    return [f"{out.uri}/{name}" for name in names]
+    return [f"{out.uri}/{shard_name(unit)}" for unit in range(_num_units(settings))]
+
+
+def _num_units(settings: Generation) -> int:
+    return -(-settings.num_images // settings.unit_images)
+
+
+def _missing_units(settings: Generation) -> list[int]:
+    there = set(Folder.of(settings.out).names())
+    return [unit for unit in range(_num_units(settings)) if shard_name(unit) not in there]
 
 
 def shard_name(unit: int) -> str:
@@ -231,14 +257,20 @@ def shard_name(unit: int) -> str:
     return f"{_PREFIX}-{unit:06d}.tar"
 
 
-def unit_requests(settings: Generation, unit: int, training: FlowTraining) -> list[Request]:
+def unit_requests(settings: Generation, unit: int, prompts: Prompts) -> list[Request]:
     """Return the samples of a shard."""
-    num_classes = training.model.num_classes
     size = whole_patches(settings.size, read_statistics(Folder.of(settings.model)).patch_size)
+    numbers = _numbers(settings, unit)
     return [
-        Request(settings.seed + number, number % num_classes if num_classes else -1, size)
-        for number in _numbers(settings, unit)
+        Request(settings.seed + number, prompt.label, size, prompt.text, prompt.caption)
+        for number, prompt in zip(numbers, prompts.of(numbers), strict=True)
     ]
+
+
+def _prompts(settings: Generation, device: torch.device) -> Prompts:
+    run = Folder.of(settings.model)
+    model, statistics = read_settings(run).model, read_statistics(run)
+    return prompts_of(model, statistics, settings.captions, settings.text_encoder, device)
 
 
 def _numbers(settings: Generation, unit: int) -> range:
@@ -250,8 +282,9 @@ def _identity(settings: Generation) -> GenerationIdentity:
     run = Folder.of(settings.model)
     training = read_settings(run)
     return GenerationIdentity(
-        checkpoint=newest_checkpoint(run).uri,
+        checkpoint=newest_checkpoint(run)[0].uri,
         autoencoder=decoder_location(training, settings.autoencoder),
+        captions=_prompts(settings, torch.device("cpu")).digest,
         num_classes=training.model.num_classes,
         num_images=settings.num_images,
         size=settings.size,
@@ -282,16 +315,18 @@ class _SampleUnits:
 
     def __init__(self, settings: Generation, board: Any) -> None:
         self._settings, self._board = settings, board
+        device = torch.device("cuda" if settings.use_gpu else "cpu")
         self._generator = Generator.load(
             Folder.of(settings.model),
             settings.autoencoder,
-            torch.device("cuda" if settings.use_gpu else "cpu"),
+            device,
             getattr(torch, settings.compute_dtype),
         )
+        self._prompts = _prompts(settings, device)
 
     def __call__(self, batch: dict[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
         for unit in batch["unit"].tolist():
-            requests = unit_requests(self._settings, unit, self._generator.training)
+            requests = unit_requests(self._settings, unit, self._prompts)
             images = self._generator.images(
                 requests, self._settings.sampler, self._settings.row_tokens
             )
@@ -308,6 +343,7 @@ def _shard_bytes(requests: list[Request], images: list[NDArray[np.uint8]]) -> by
             "png": _png(pixels),
             "cls": request.label,
             "json": {"seed": request.seed, "height": pixels.shape[0], "width": pixels.shape[1]},
+            **({"txt": request.caption.encode()} if request.caption else {}),
         }
         for request, pixels in zip(requests, images, strict=True)
     ]

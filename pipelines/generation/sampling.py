@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from pipelines.caching.latent_corpus import LatentStatistics
+from pipelines.caching.latent_corpus import LatentCorpus, LatentStatistics
 from pipelines.packing import pack_best_fit
 from pipelines.reconstruction import sheet_of
 from vitok.autoencoder import Autoencoder
@@ -33,12 +33,14 @@ class Request:
         label: its class; -1 for none.
         size: pixels (height, width).
         text: [K, D], the embeddings of its text; None for no text.
+        caption: the text itself, where it is known.
     """
 
     seed: int
     label: int
     size: tuple[int, int]
     text: torch.Tensor | None = None
+    caption: str = ""
 
 
 def load_dit(checkpoint: Folder, config: DiTConfig) -> DiT:
@@ -122,10 +124,32 @@ def condition_of(requests: Sequence[Request], config: DiTConfig) -> Condition:
     return Condition(labels=labels, text=text, text_tokens=text_tokens)
 
 
-def embed_texts(
-    texts: Sequence[str], statistics: LatentStatistics, text_encoder: str, device: torch.device
-) -> list[torch.Tensor]:
-    """Embed texts [K, D] as those of the cache were that a model learned, in float32.
+def conditions_of_latents(
+    corpus: LatentCorpus, sample_ids: NDArray[np.int64], model: DiTConfig
+) -> list[tuple[int, torch.Tensor | None]]:
+    """Return the class of some latents, -1 for a model without classes, and their texts."""
+    records = corpus.records(sample_ids)
+    labels = records.label if model.num_classes else np.full(len(records), -1)
+    return list(zip(labels.tolist(), corpus.read_texts(records), strict=True))
+
+
+def require_texts_learned(model: DiTConfig, option: str) -> None:
+    """Check that a model takes texts.
+
+    Args:
+        option: what the user set, for the message.
+
+    Raises:
+        ValueError: it knows nothing but classes.
+    """
+    if not model.text_channels:
+        raise ValueError(f"the model learned no texts; leave {option} out")
+
+
+def load_text_encoder(
+    statistics: LatentStatistics, text_encoder: str, device: torch.device
+) -> TextEncoder:
+    """Load the encoder of the texts that a model learned, in float32.
 
     Args:
         text_encoder: folder or Hugging Face repository; where the cache's was if empty.
@@ -142,7 +166,15 @@ def embed_texts(
             f"{location} is the text encoder {encoder.digest[:12]}, and the model learned texts of "
             f"{statistics.text.encoder_digest[:12]}; give that one as text_encoder"
         )
-    return encoder.to(device, torch.float32)(texts, statistics.text.max_tokens)
+    return encoder.to(device, torch.float32)
+
+
+def embed_texts(
+    texts: Sequence[str], statistics: LatentStatistics, encoder: TextEncoder
+) -> list[torch.Tensor]:
+    """Embed texts [K, D] as those of the cache were that a model learned, in float32."""
+    assert statistics.text is not None, "the cache had no texts"
+    return encoder(texts, statistics.text.max_tokens)
 
 
 def whole_patches(size: tuple[int, int], patch_size: int) -> tuple[int, int]:

@@ -12,7 +12,7 @@ from pipelines.caching.latent_corpus import LatentCorpus
 from pipelines.caching.units import LatentRow, TextIdentity
 from pipelines.ingest import load_step
 from pipelines.runs import RunConfig
-from pipelines.train_flow import FlowTraining, flow_step, plan_of
+from pipelines.train_flow import FlowTraining, flow_step, plan_of, prepare
 from pipelines.whole_images import Transform
 from tests.pipelines.small_caches import (
     CHANNELS,
@@ -21,6 +21,7 @@ from tests.pipelines.small_caches import (
     with_texts,
     write_small_cache,
 )
+from tests.vitok.text_encoders import save_text_encoder
 from vitok.autoencoder import Autoencoder
 from vitok.checkpoint import TrainState
 from vitok.dit import DiT, DiTConfig
@@ -28,6 +29,7 @@ from vitok.flow import SamplerConfig
 from vitok.initialize import start_at_random
 from vitok.optim import OptimConfig, build_optimizer, learning_rate
 from vitok.pretrained import encoder_digest
+from vitok.texts import TextEncoder
 from vitok.variants import AutoencoderConfig
 
 GRIDS = [(2, 3), (4, 4), (1, 5), (3, 3), (2, 2), (4, 1), (3, 5)]
@@ -131,6 +133,16 @@ def write_checkpoint(settings: FlowTraining) -> None:
     latest = {"checkpoint_dir_name": "step-00000008", "metrics": {"cursor": {"step": 8}}}
     snapshot = json.dumps({"latest_checkpoint_result": latest})
     run.write_text("checkpoint_manager_snapshot.json", snapshot)
+
+
+def make_run_of_texts(folder: Path) -> FlowTraining:
+    """Write a run with a checkpoint whose cache says where its text encoder is."""
+    location = str(save_text_encoder(folder / "t5"))
+    encoder = TextEncoder.load(location, option="text_encoder")
+    text = TextIdentity(encoder_digest=encoder.digest, channels=encoder.channels, max_tokens=5)
+    settings = prepare(flow_training(folder, text=text, text_encoder=location))
+    write_checkpoint(settings)
+    return settings
 
 
 def train_plainly(settings: FlowTraining) -> tuple[list[float], dict[str, torch.Tensor]]:

@@ -13,9 +13,12 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import ray
 import torch
+import torch.distributed as dist
 
 from pipelines.ingest import load_step
+from pipelines.packed_rows import PackedRow
 from pipelines.plan import Plan
 from pipelines.runs import RunConfig, next_step
 from pipelines.tracking import metric_history
@@ -152,13 +155,28 @@ def read_notes(notes: Path) -> list[dict[str, Any]]:
     return sorted(map(json.loads, lines), key=lambda note: note["time"])
 
 
-def check_order(notes: Path, settings: AutoencoderTraining) -> list[Attempt]:
+def note_row(notes: Path, row: PackedRow) -> None:
+    """Write down that this worker begins a packed row."""
+    note = {
+        "time": time.time(),
+        "step": row.step,
+        "rank": dist.get_rank(),
+        "world_size": dist.get_world_size(),
+        "group": os.environ["MASTER_PORT"],
+        "pid": os.getpid(),
+        "node": ray.get_runtime_context().get_node_id(),
+        "keys": row.keys,
+    }
+    with (notes / f"{os.getpid()}.jsonl").open("a") as file:
+        file.write(json.dumps(note) + "\n")
+
+
+def check_order(notes: Path, plan: Plan) -> list[Attempt]:
     """Compare the ordered keys of every step, in every attempt that ran it, with the plan.
 
     Returns:
         the attempts in their order, without those that were killed before their first step.
     """
-    plan = plan_of(settings)
     planned = [_planned_keys(plan, step) for step in range(plan.num_steps)]
     # group -> step -> rank -> keys of its rows
     groups: dict[str, Any] = defaultdict(lambda: defaultdict(lambda: defaultdict(list)))

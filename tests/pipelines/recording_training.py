@@ -15,7 +15,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-import ray
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -24,6 +23,7 @@ from jobs import cli, recipes
 from pipelines import train_autoencoder
 from pipelines.packed_rows import PackedRow
 from pipelines.train_autoencoder import AutoencoderTraining
+from tests.pipelines.recorded_runs import note_row
 from vitok.config import read_config
 
 # Names a group of workers, or * for all, and the step from which on it waits. What is to happen
@@ -42,7 +42,6 @@ def recording_worker(
     """
     original = train_autoencoder.reconstruction_step
     rank, pid = dist.get_rank(), os.getpid()
-    node = ray.get_runtime_context().get_node_id()
     group = os.environ["MASTER_PORT"]
     marker = notes / "killed"
 
@@ -59,18 +58,7 @@ def recording_worker(
         while must_wait(notes, group, row.step):
             time.sleep(0.02)
         time.sleep(pause_s)
-        note = {
-            "time": time.time(),
-            "step": row.step,
-            "rank": rank,
-            "world_size": dist.get_world_size(),
-            "group": group,
-            "pid": pid,
-            "node": node,
-            "keys": row.keys,
-        }
-        with (notes / f"{pid}.jsonl").open("a") as file:
-            file.write(json.dumps(note) + "\n")
+        note_row(notes, row)
         return original(settings, loss, model, row, device)
 
     train_autoencoder.reconstruction_step = record

@@ -9,8 +9,13 @@ import torch
 from PIL import Image
 
 from jobs.cli import main
-from pipelines.caching.units import TextIdentity
-from pipelines.generation.sampling import Request, condition_of, embed_texts, sample_requests
+from pipelines.generation.sampling import (
+    Request,
+    condition_of,
+    embed_texts,
+    load_text_encoder,
+    sample_requests,
+)
 from pipelines.ingest import load_share, load_step, shares_of_step
 from pipelines.latents import LatentCache
 from pipelines.packed_rows import empty_row, iterate_steps, record_of
@@ -24,7 +29,7 @@ from pipelines.train_flow import (
     read_statistics,
     shown_requests,
 )
-from tests.pipelines.flow_runs import flow_training, write_checkpoint
+from tests.pipelines.flow_runs import flow_training, make_run_of_texts, write_checkpoint
 from tests.pipelines.small_caches import TEXT
 from tests.vitok.text_encoders import save_text_encoder
 from vitok.dit import DiT
@@ -182,13 +187,7 @@ def test_a_sample_depends_on_its_text_and_not_on_those_of_others(settings) -> No
 
 @pytest.fixture
 def run_of_texts(tmp_path: Path) -> FlowTraining:
-    """A run with a checkpoint whose cache says where its text encoder is."""
-    location = str(save_text_encoder(tmp_path / "t5"))
-    encoder = TextEncoder.load(location, option="text_encoder")
-    text = TextIdentity(encoder_digest=encoder.digest, channels=encoder.channels, max_tokens=5)
-    settings = prepare(flow_training(tmp_path, text=text, text_encoder=location))
-    write_checkpoint(settings)
-    return settings
+    return make_run_of_texts(tmp_path)
 
 
 def test_vitok_sample_draws_the_texts_it_is_given(
@@ -216,14 +215,14 @@ def test_prompts_are_embedded_by_the_encoder_of_the_cache_alone(
 ) -> None:
     statistics = read_statistics(run_of_texts.run.folder)
     encoder = TextEncoder.load(statistics.text_encoder, option="text_encoder")
-    found = embed_texts(["a dog", "sea"], statistics, "", CPU)
+    found = embed_texts(["a dog", "sea"], statistics, load_text_encoder(statistics, "", CPU))
     expected = encoder(["a dog", "sea"], 5)
     assert all(torch.equal(*pair) for pair in zip(found, expected, strict=True))
     other = str(save_text_encoder(tmp_path / "other", seed=1))
     with pytest.raises(
         ValueError, match=r"other is the text encoder \w{12}, and the model learned"
     ):
-        embed_texts(["a dog"], statistics, other, CPU)
+        load_text_encoder(statistics, other, CPU)
 
     classes = prepare(flow_training(tmp_path / "classes"))
     write_checkpoint(classes)

@@ -1,6 +1,7 @@
 import json
 import os
 import signal
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from pipelines.failures import Unrecoverable
 from pipelines.generation.sampling import load_dit, sample_requests
 from pipelines.ingest import load_share, load_step, shares_of_step
 from pipelines.packed_rows import iterate_steps, record_of
-from pipelines.runs import latest_checkpoint, next_step
+from pipelines.runs import RunConfig, latest_checkpoint, next_step
 from pipelines.tracking import metric_history, tracking_uri
 from pipelines.train_flow import (
     FlowTraining,
@@ -34,6 +35,7 @@ from pipelines.train_flow import (
     shown_requests,
 )
 from tests.pipelines.flow_runs import flow_training, train_plainly
+from tests.pipelines.recorded_runs import check_order, note_row
 from tests.pipelines.small_caches import TEXT
 from tests.vitok.ranks import run_on_ranks
 from vitok.config import read_config, write_config
@@ -43,6 +45,7 @@ from vitok.initialize import start_at_random
 from vitok.parallel import shard_model
 
 CPU = torch.device("cpu")
+TIMEOUT_S = 60
 
 
 @pytest.fixture
@@ -210,11 +213,20 @@ def test_cache_of_another_shape_or_another_encoder_is_refused(settings, tiny_wei
     assert not settings.run.folder.exists("config.json")
 
 
-def test_killed_run_goes_on_with_the_losses_of_one_never_killed(
+def wait_for_checkpoint(run: RunConfig, step: int) -> None:
+    """Wait until what would be continued holds so many steps."""
+    deadline = time.monotonic() + TIMEOUT_S
+    while next_step(run.folder) < step and time.monotonic() < deadline:
+        time.sleep(0.02)
+
+
+def test_killed_run_goes_on_on_fewer_workers_with_the_samples_and_losses_of_one_never_killed(
     ray_cluster: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     settings = flow_training(tmp_path, text=TEXT)
-    marker = tmp_path / "killed"
+    settings = prepare(replace(settings, run=replace(settings.run, max_failures=1)))
+    notes = tmp_path / "notes"
+    notes.mkdir()
 
     def fatal_worker(given: dict[str, Any]) -> None:
         from pipelines import train_flow
@@ -222,20 +234,26 @@ def test_killed_run_goes_on_with_the_losses_of_one_never_killed(
         original = train_flow.flow_step
 
         def step(settings: FlowTraining, corpus: Any, model: Any, row: Any, device: Any) -> Any:
-            if dist.get_rank() == 1 and row.step == 5 and not marker.exists():
+            marker = notes / f"killed-{row.step}"
+            if dist.get_rank() == 1 and row.step in (3, 5) and not marker.exists():
                 marker.touch()
+                wait_for_checkpoint(settings.run, row.step - 1)
                 os.kill(os.getpid(), signal.SIGKILL)
+            note_row(notes, row)
             return original(settings, corpus, model, row, device)
 
         train_flow.flow_step = step
         train_flow._worker(given)
 
     monkeypatch.setattr(train_flow, "_worker", fatal_worker)
-    settings = prepare(settings)
-    run = run_training(settings)
-    assert marker.exists()
+    with pytest.raises(RuntimeError, match="stopped after step 4"):
+        run_training(settings)
+    run = run_training(prepare(replace(settings, run=replace(settings.run, num_workers=1))))
     assert next_step(run) == settings.steps
     assert read_settings(run) == settings
+    attempts = check_order(notes, plan_of(settings))
+    assert [attempt.world_size for attempt in attempts] == [2, 2, 1]
+    assert [attempt.first_step for attempt in attempts] == [0, 2, 4]
     assert read_statistics(run) == corpus_of(settings).statistics
 
     client = MlflowClient(tracking_uri(settings.run.tracking, settings.run.storage))

@@ -68,7 +68,7 @@ def test_killed_run_resumes_with_the_same_samples_and_losses_as_one_never_killed
     assert start(last, notes, "{}").wait(timeout=300) == 0, (notes / "driver.log").read_text()
     assert next_step(settings.run.folder) == num_steps
 
-    attempts = check_order(notes, settings)
+    attempts = check_order(notes, plan_of(settings))
     assert [attempt.world_size for attempt in attempts] == [2, 2, 1]
     # Each kill costs the steps since the newest checkpoint. These steps are so short that the
     # checkpoint before may still be on its way into Ray's record.

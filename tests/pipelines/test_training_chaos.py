@@ -56,7 +56,7 @@ def train_with_hits(
         assert driver.wait(TIMEOUT_S) == 0, (notes / "driver.log").read_text()
     done = json.loads((notes / "done.json").read_text())
     assert len(done) == len(hits)
-    return check_order(notes, settings), [hit["recorded"] for hit in done]
+    return check_order(notes, plan_of(settings)), [hit["recorded"] for hit in done]
 
 
 def test_elastic_training_loses_workers_and_nodes_and_takes_new_ones_in(
@@ -130,7 +130,7 @@ def test_sigterm_leaves_with_a_checkpoint_from_which_no_step_is_repeated(
     second = start()
     with ended(second):
         assert second.wait(TIMEOUT_S) == 0, (notes / "driver.log").read_text()
-    attempts = check_order(notes, settings)
+    attempts = check_order(notes, plan_of(settings))
     assert [attempt.world_size for attempt in attempts] == [2, 2]
     assert repeated_steps(attempts) == [0]
     assert attempts[1].first_step == left

@@ -17,13 +17,17 @@ from pipelines.generation import generate as generate_module
 from pipelines.generation.generate import (
     Generation,
     Generator,
+    _prompts,
     _SampleUnits,
     generate,
+    prepare_generation,
     shard_name,
     unit_requests,
 )
 from pipelines.generation.sampling import Request, sample_requests, spread_classes, whole_patches
 from pipelines.runs import latest_checkpoint
+from pipelines.train_autoencoder import AutoencoderTraining, load_autoencoder
+from pipelines.train_autoencoder import prepare as prepare_autoencoder
 from pipelines.train_flow import (
     FlowTraining,
     corpus_of,
@@ -130,11 +134,10 @@ def test_shown_samples_spread_over_the_classes_with_seeds_of_their_own(finished_
     assert whole_patches((1, 33), 16) == (16, 48)
 
 
-def test_every_sample_of_a_set_has_its_own_seed_and_every_class_its_turn(
-    finished_run, generation
-) -> None:
+def test_every_sample_of_a_set_has_its_own_seed_and_every_class_its_turn(generation) -> None:
+    prompts = _prompts(generation, torch.device("cpu"))
     requests = [
-        request for unit in range(3) for request in unit_requests(generation, unit, finished_run)
+        request for unit in range(3) for request in unit_requests(generation, unit, prompts)
     ]
     assert [request.seed for request in requests] == list(range(100, 111))
     assert [request.label for request in requests] == [i % 6 for i in range(11)]
@@ -173,7 +176,8 @@ def test_set_is_the_same_for_any_number_of_workers_and_after_a_stop(
     folder.mkdir()
     (folder / shard_name(1)).write_bytes(expected[1])
     kept = (folder / shard_name(1)).stat().st_mtime_ns
-    shards = generate(generation)
+    settings = prepare_generation(generation)
+    shards = generate(settings)
     assert [Path(shard).name for shard in shards] == [shard_name(unit) for unit in range(3)]
     assert [Path(shard).read_bytes() for shard in shards] == expected
     assert (folder / shard_name(1)).stat().st_mtime_ns == kept
@@ -187,10 +191,10 @@ def test_set_is_the_same_for_any_number_of_workers_and_after_a_stop(
 
     with monkeypatch.context() as patched:
         patched.setattr(generate_module, "_SampleUnits", None)  # would fail if it were started
-        assert generate(generation) == shards
+        assert generate(settings) == shards
     other = replace(generation, sampler=replace(SAMPLER, guidance=3.0))
     with pytest.raises(ValueError, match=r"holds other samples \(sampler.guidance: 2.0 -> 3.0\)"):
-        generate(other)
+        prepare_generation(other)
 
 
 def test_sample_writes_a_sheet_of_images_of_any_aspect(
@@ -236,6 +240,33 @@ def test_folder_without_a_run_or_a_checkpoint_is_named(
     settings = prepare(replace(finished_run, run=replace(finished_run.run, storage=str(tmp_path))))
     assert main(["sample", settings.run.folder.uri]) == 1
     assert "has no complete checkpoint yet" in capsys.readouterr().err
+
+
+def test_run_of_another_kind_is_named_with_the_command_that_makes_the_right_one(
+    finished_run: FlowTraining,
+    tiny_training: AutoencoderTraining,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    generator = finished_run.run.folder
+    autoencoder = prepare_autoencoder(tiny_training).run.folder
+    sentence = "is the run of an autoencoder (`vitok train`); give the run of a generator (`vitok"
+    for command in (
+        ["sample", autoencoder.uri],
+        ["generate", "--model", autoencoder.uri, "--out", str(tmp_path / "out")],
+        ["curves", autoencoder.uri],
+    ):
+        assert main(command) == 1
+        assert f"{autoencoder.uri} {sentence}" in capsys.readouterr().err
+    sentence = "is the run of a generator (`vitok flow`); give the run of an autoencoder (`vitok"
+    assert main(["export", generator.uri, str(tmp_path / "weights")]) == 1
+    assert f"{generator.uri} {sentence}" in capsys.readouterr().err
+    with pytest.raises(ValueError, match="is the run of a generator"):
+        load_autoencoder(generator.uri)
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "config.json").write_text('{"model_type": "t5"}')
+    with pytest.raises(ValueError, match="other is no run; give the run of an autoencoder"):
+        load_autoencoder(str(tmp_path / "other"))
 
 
 def test_statistics_of_the_cache_outlive_it_in_the_run(finished_run) -> None:
