@@ -111,6 +111,13 @@ def curves(arguments: Sequence[str]) -> None:
     tyro.cli(flow.curves, args=arguments, prog="vitok curves")
 
 
+def joint(arguments: Sequence[str]) -> None:
+    """generators of several sizes on several autoencoders: a metric against operations"""
+    from jobs import flow
+
+    flow.run_joint(_joint(arguments))
+
+
 def generate(arguments: Sequence[str]) -> None:
     """many images of a generator as shards; goes on where it was stopped"""
     from jobs import flow
@@ -316,6 +323,12 @@ def _flow(arguments: Sequence[str]) -> Any:
     return read_recipe(FLOWS, arguments, "flow")
 
 
+def _joint(arguments: Sequence[str]) -> Any:
+    from jobs.flow_recipes import JOINTS
+
+    return read_recipe(JOINTS, arguments, "joint")
+
+
 def _generation(arguments: Sequence[str]) -> Any:
     from pipelines.generation.generate import Generation
 
@@ -332,6 +345,7 @@ def _sweep(arguments: Sequence[str]) -> Any:
 SUBMITTED: dict[str, Callable[[Sequence[str]], Any]] = {
     "train": _training,
     "flow": _flow,
+    "joint": _joint,
     "generate": _generation,
     "sweep": _sweep,
     "encode": _encoding,
@@ -345,6 +359,7 @@ COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
     "sample": sample,
     "generate": generate,
     "judge": judge,
+    "joint": joint,
     "curves": curves,
     "sweep": sweep,
     "evaluate": evaluate,

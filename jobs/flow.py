@@ -1,6 +1,7 @@
 """`vitok sample`: a sheet of generated images, or a whole set of them as shards."""
 
 import time
+from collections.abc import Sequence
 from itertools import product
 from pathlib import Path
 from typing import Annotated
@@ -9,12 +10,19 @@ import torch
 import tyro
 from PIL import Image
 
-from pipelines.generation.flow_curves import best_for_compute, curve_of, draw_curves
+from pipelines.generation.flow_curves import Curve, best_for_compute, curve_of, draw_curves
 from pipelines.generation.generate import (
     Generation,
     Generator,
     generate,
     prepare_generation,
+)
+from pipelines.generation.joint import (
+    CURVES,
+    JointScaling,
+    draw_study,
+    prepare_study,
+    run_study,
 )
 from pipelines.generation.sampling import (
     Request,
@@ -122,7 +130,7 @@ def curves(
     """Draw a metric of flow trainings against the operations they took.
 
     Args:
-        runs: folders of flow trainings, such as those of the joint- recipes.
+        runs: folders of flow trainings, such as those of a study of `vitok joint`.
         metric: that the runs recorded; lower is better.
         smooth: means over so many neighbouring records.
         out: the PNG file.
@@ -134,11 +142,31 @@ def curves(
         raise ValueError("there are no runs; give the folders of flow trainings")
     Path(out).parent.mkdir(parents=True, exist_ok=True)
     Path(out).write_bytes(draw_curves(found, metric))
+    print(f"{describe_curves(found, metric)}\ncurves: {out}")
+
+
+def describe_curves(found: Sequence[Curve], metric: str) -> str:
+    """Return where curves end, and the best of all."""
     width = max(len(curve.name) for curve in found)
-    for curve in found:
-        print(f"{curve.name:<{width}}  {curve.flops[-1]:.3g} operations  {curve.values[-1]:.4g}")
+    lines = [
+        f"{curve.name:<{width}}  {curve.flops[-1]:.3g} operations  {curve.values[-1]:.4g}"
+        for curve in found
+    ]
     flops, value, name = best_for_compute(found)[-1]
-    print(f"best {metric}: {value:.4g} of {name} after {flops:.3g} operations\ncurves: {out}")
+    return "\n".join([*lines, f"best {metric}: {value:.4g} of {name} after {flops:.3g} operations"])
+
+
+def run_joint(study: JointScaling) -> None:
+    """Run a joint-scaling study on a Ray cluster; goes on where it was stopped."""
+    from cluster.local import ray_session
+
+    study = prepare_study(study)
+    total = len(study.autoencoders) * len(study.generators)
+    with ray_session():
+        for number, training in enumerate(run_study(study), start=1):
+            print(f"{number}/{total}  {training.run.name}", flush=True)
+    print(describe_curves(draw_study(study), study.metric))
+    print(f"curves: {study.folder.uri}/{CURVES}")
 
 
 def parse_size(text: str) -> tuple[int, int]:

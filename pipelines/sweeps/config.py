@@ -244,7 +244,7 @@ def trials_of(sweep: SweepConfig) -> list[Trial]:
         ValueError: a value is none of its field; two trials are the same; a trial does not fit.
     """
     if sweep.points:
-        chosen = [_parse_point(point) for point in sweep.points]
+        chosen = [parse_point(point) for point in sweep.points]
     elif sweep.search == "grid":
         names = [axis.field for axis in sweep.axes]
         product = itertools.product(*(axis.values for axis in sweep.axes))
@@ -354,7 +354,12 @@ def _draw(axis: Axis, rng: random.Random) -> str:
     return number_text(rng.uniform(axis.low, axis.high))
 
 
-def _parse_point(text: str) -> dict[str, str]:
+def parse_point(text: str) -> dict[str, str]:
+    """Read `FIELD=VALUE FIELD=VALUE`.
+
+    Raises:
+        ValueError: it has another form.
+    """
     values: dict[str, str] = {}
     for word in text.split():
         field, equals, value = word.partition("=")
@@ -372,6 +377,15 @@ def _set(fields: dict[str, Any], name: str, text: str) -> None:
         model = to_dict(AutoencoderConfig.from_name(text))
         fields["model"] |= {field: model[field] for field in _NAMED_BY_MODEL}
         return
+    set_field(fields, name, text)
+
+
+def set_field(fields: dict[str, Any], name: str, text: str) -> None:
+    """Set a field of a training, given as JSON types, to a value as the command line has it.
+
+    Raises:
+        ValueError: there is no such field; says which is near.
+    """
     node: Any = fields
     *groups, last = name.split(".")
     try:
@@ -381,7 +395,7 @@ def _set(fields: dict[str, Any], name: str, text: str) -> None:
         before = node[key]
     except (KeyError, IndexError, ValueError, TypeError) as error:
         near = difflib.get_close_matches(name, flatten(fields), n=1)
-        hint = f"did you mean {near[0]}?" if near else "see `vitok train NAME --help`"
+        hint = f"did you mean {near[0]}?" if near else "its recipe's --help shows all"
         raise ValueError(f"a training has no field {name!r}; {hint}") from error
     if isinstance(before, dict):
         raise ValueError(f"{name!r} is a group of fields; name one of {', '.join(before)}")

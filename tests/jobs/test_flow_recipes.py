@@ -1,10 +1,18 @@
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from jobs.flow_recipes import FLOWS, flops_of, flow_quickstart, parameters_of
+from jobs.flow_recipes import (
+    FLOWS,
+    flops_of,
+    flow_quickstart,
+    joint_imagenet_22k,
+    parameters_of,
+)
+from pipelines.generation.joint import pairs_of
 from pipelines.train_flow import FlowTraining
 from vitok.config import read_config, write_config
 
@@ -47,18 +55,21 @@ def test_recipes_cover_both_sizes_at_three_ratios_and_both_autoencoders() -> Non
         assert small.steps * 4096 == pytest.approx(300 * 14_197_122, abs=4096)
 
 
-def test_joint_scaling_is_a_grid_over_operations_and_ratios() -> None:
-    sizes, ratios = ("225m", "450m", "1.2b"), (64, 32, 16)
-
-    def at(size: str, channels: int) -> FlowTraining:
-        return FLOWS[f"joint-{size}-f16x{channels}"]()
-
-    for channels in ratios:
-        flops = [flops_of(at(size, channels)) for size in sizes]
-        assert flops[1] / flops[0] == pytest.approx(2, rel=0.05)
-        assert flops[2] / flops[1] == pytest.approx(2.4, rel=0.05)
-    for size in sizes:
-        assert len({at(size, channels).steps for channels in ratios}) == 1
+def test_joint_scaling_is_a_grid_of_operations_and_ratios() -> None:
+    study = joint_imagenet_22k()
+    pairs = pairs_of(study)
+    assert [pair.autoencoder for pair in pairs] == [
+        f"350M-f16x{channels}" for channels in (64, 32, 16) for _ in range(3)
+    ]
+    assert len({pair.steps for pair in pairs}) == 1
+    assert len({pair.run.name for pair in pairs}) == 9
+    assert len({pair.cache for pair in pairs}) == 3
+    flops = [flops_of(pair) for pair in pairs]
+    assert flops[1] / flops[0] == pytest.approx(2, rel=0.05)
+    assert flops[2] / flops[1] == pytest.approx(2.4, rel=0.05)
+    hours = sum(flops) / (8 * 989.5e12 * 0.4 * 3600)
+    (said,) = re.findall(r"some (\d+) hours", joint_imagenet_22k.__doc__ or "")
+    assert hours == pytest.approx(int(said), rel=0.02)
 
 
 def test_quickstart_recipe_asks_for_nothing_but_what_the_quickstart_makes() -> None:
