@@ -85,7 +85,8 @@ def draw_curves(curves: Sequence[Curve], metric: str) -> bytes:
         axes.plot(curve.flops, curve.values, "-", label=curve.name, linewidth=1.2)
     front = best_for_compute(curves)
     flops, values = [point[0] for point in front], [point[1] for point in front]
-    axes.plot(flops, values, "k--", linewidth=0.8, label="best for the compute")
+    # In steps: between two points nothing better than the first is known.
+    axes.step(flops, values, "k--", where="post", linewidth=0.8, label="best for the compute")
     axes.set(xscale="log", xlabel="operations of the generator's training", ylabel=metric)
     axes.grid(alpha=0.3)
     axes.legend(fontsize=7)
