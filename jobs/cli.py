@@ -266,7 +266,7 @@ def bench(arguments: Sequence[str]) -> None:
 
 
 def submit(arguments: Sequence[str]) -> None:
-    """run train, flow, generate, sweep, encode or evaluate as a job on a Ray cluster"""
+    """run train, flow, joint, generate, sweep, encode or evaluate as a job on a Ray cluster"""
     from jobs.submit import submit as submit_job
 
     submit_job(arguments, SUBMITTED)

@@ -34,9 +34,9 @@ _ELSEWHERE = (
 class Submission:
     """Run a command on a Ray cluster: `vitok submit COMMAND RECIPE [--field value ...]`.
 
-    COMMAND is train, flow, generate, sweep, encode or evaluate, with its own arguments. The job
-    gets what git tracks of this working tree, and its log is followed; Ctrl-C leaves it running.
-    The same run name, given again, goes on where that run stopped.
+    COMMAND is train, flow, joint, generate, sweep, encode or evaluate, with its own arguments. The
+    job gets what git tracks of this working tree, and its log is followed; Ctrl-C leaves it
+    running. The same run name, given again, goes on where that run stopped.
 
     Attributes:
         address: the cluster's job server, http://HEAD:8265; by default as RAY_ADDRESS says.
