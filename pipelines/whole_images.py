@@ -14,17 +14,20 @@ from pipelines.packing import pack_best_fit
 from pipelines.reading.decode import UnreadableImage
 from pipelines.views import SampleView
 from vitok.config import UNLESS_EMPTY, config
-from vitok.patches import fit_to_budget, num_tokens
+from vitok.patches import bucket_sizes, centre_crop, fit_to_budget, nearest_bucket, num_tokens
 
 
 @config
 class Transform:
-    """How a whole image becomes what an autoencoder sees; one of three sizes is given.
+    """How a whole image becomes what an autoencoder sees; one of four sizes is given.
 
     Attributes:
         token_budget: at most so many patches, aspect kept; smaller images keep their size.
         longest_side: at most so many pixels a side, aspect kept; smaller images keep their size.
         square: the centre of the image, so many pixels a side; smaller images are enlarged.
+        bucket: the centre of the image at the nearest of some aspects: sizes of whole patches,
+            each about as large as a square of so many pixels a side (vitok.patches.bucket_sizes);
+            smaller images are enlarged.
         adm: the square is made as ADM's evaluations make it, pixel by pixel; otherwise it shows the
             same, but is cropped first, then resized once, and large JPEGs are not decoded whole.
     """
@@ -32,6 +35,7 @@ class Transform:
     token_budget: int = 0
     longest_side: int = 0
     square: int = 0
+    bucket: Annotated[int, UNLESS_EMPTY] = 0
     adm: Annotated[bool, UNLESS_EMPTY] = False
 
     def __post_init__(self) -> None:
@@ -40,8 +44,8 @@ class Transform:
         given = self._sizes()
         if len(given) != 1 or min(given.values()) < 1:
             raise ValueError(
-                f"token_budget={self.token_budget}, longest_side={self.longest_side} and "
-                f"square={self.square}: give one of them, at least 1"
+                f"token_budget={self.token_budget}, longest_side={self.longest_side}, "
+                f"square={self.square} and bucket={self.bucket}: give one of them, at least 1"
             )
 
     @property
@@ -54,23 +58,27 @@ class Transform:
         """Check that patches fill what is asked for.
 
         Raises:
-            ValueError: a square is no multiple of the patch: part of it would be padding.
+            ValueError: the side of a square or bucket is no multiple of the patch: part of the
+                image would be padding.
         """
-        if self.square % patch_size:
+        side = self.square or self.bucket
+        if side % patch_size:
             raise ValueError(
-                f"square={self.square} is no multiple of the model's patch of {patch_size} pixels; "
-                f"take {max(1, self.square // patch_size) * patch_size}"
+                f"{'square' if self.square else 'bucket'}={side} is no multiple of the model's "
+                f"patch of {patch_size} pixels; take {max(1, side // patch_size) * patch_size}"
             )
 
     def max_tokens(self, patch_size: int) -> int:
         """Return the most patches that an image may have."""
-        side = self.longest_side or self.square
+        side = self.longest_side or self.square or self.bucket
         return self.token_budget or num_tokens(side, side, patch_size)
 
     def size(self, height: int, width: int, patch_size: int) -> tuple[int, int]:
         """Return the pixel size (height, width) at which an image is seen."""
         if self.square:
             return self.square, self.square
+        if self.bucket:
+            return nearest_bucket(height, width, bucket_sizes(self.bucket, patch_size))
         if self.token_budget:
             return fit_to_budget(
                 height, width, patch_size=patch_size, token_budget=self.token_budget
@@ -82,15 +90,13 @@ class Transform:
         self, sample_id: int, height: int, width: int, patch_size: int, flip: bool = False
     ) -> SampleView:
         """Return what is seen of a sample of height x width pixels; mirrored, if so asked."""
-        crop = (0, 0, height, width)
-        if self.square:
-            side = min(height, width)
-            crop = ((height - side) // 2, (width - side) // 2, side, side)
+        size = self.size(height, width, patch_size)
+        is_cropped = self.square or self.bucket
         return SampleView(
             sample_id=sample_id,
             epoch=0,
-            crop=crop,
-            size=self.size(height, width, patch_size),
+            crop=centre_crop(height, width, size) if is_cropped else (0, 0, height, width),
+            size=size,
             tile_position=(0.5, 0.5),
             flip=flip,
             adm=self.adm,
@@ -113,6 +119,7 @@ class Transform:
             "token_budget": self.token_budget,
             "longest_side": self.longest_side,
             "square": self.square,
+            "bucket": self.bucket,
         }
         return {name: size for name, size in sizes.items() if size}
 

@@ -1,14 +1,20 @@
-"""The size rule for a token budget, and images cut into patches and put together again.
+"""Sizes for a token budget, aspect buckets, and images cut into patches and put together again.
 
 A patch vector has the channel slowest, then the row, then the column inside the patch; patches
 stand in row-major order of the grid. Images are padded right and bottom with gray (0).
 """
 
+from collections.abc import Sequence
+from functools import cache
 from math import isqrt
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+# Of a bucket's longer side to its shorter one. Caches do not name it: another value would give
+# their images other sizes under the same digest.
+_MAX_BUCKET_ASPECT = 2
 
 
 def grid_size(height: int, width: int, patch_size: int) -> tuple[int, int]:
@@ -54,6 +60,62 @@ def fit_to_budget(
     by_columns = (token_budget // (full + 1) * patch_size, width)
     scale = max(by_rows, by_columns, key=lambda fraction: fraction[0] / fraction[1])
     return _scaled(height, *scale), _scaled(width, *scale)
+
+
+@cache
+def bucket_sizes(side: int, patch_size: int) -> tuple[tuple[int, int], ...]:
+    """Return the sizes of about the area of a square that whole patches fill, of many aspects.
+
+    They are all sizes of at most the square's area and of at most the aspect 2, either way, of
+    which neither side could be a patch longer: each lacks less than one row or column of patches.
+
+    Args:
+        side: of the square, a multiple of patch_size; the square is one of them.
+
+    Returns:
+        (height, width) in pixels, the widest first.
+    """
+    assert side % patch_size == 0, (side, patch_size)
+    budget = (side // patch_size) ** 2
+
+    def is_allowed(rows: int, columns: int) -> bool:
+        within = max(rows, columns) <= _MAX_BUCKET_ASPECT * min(rows, columns)
+        return within and rows * columns <= budget
+
+    longest = isqrt(budget * _MAX_BUCKET_ASPECT)
+    grids = [
+        (rows, columns)
+        for rows in range(1, longest + 1)
+        for columns in range(1, longest + 1)
+        if is_allowed(rows, columns)
+        and not is_allowed(rows + 1, columns)
+        and not is_allowed(rows, columns + 1)
+    ]
+    return tuple((rows * patch_size, columns * patch_size) for rows, columns in grids)
+
+
+def nearest_bucket(height: int, width: int, buckets: Sequence[tuple[int, int]]) -> tuple[int, int]:
+    """Return the bucket whose log aspect is nearest to that of an image; of two the first."""
+
+    def stretch(bucket: tuple[int, int]) -> float:
+        # exp |log(h / w) - log(H / W)|, in one division, which rounds alike on every machine.
+        products = height * bucket[1], width * bucket[0]
+        return max(products) / min(products)
+
+    return min(buckets, key=stretch)
+
+
+def centre_crop(height: int, width: int, size: tuple[int, int]) -> tuple[int, int, int, int]:
+    """Return the largest centre part of an image that has the aspect of a size, to the pixel.
+
+    Resized to that size, it shows what is left of the image when it covers the size and is cropped.
+
+    Returns:
+        (top, left, height, width)
+    """
+    crop_height = min(height, _scaled(width, *size))
+    crop_width = min(width, _scaled(height, *size[::-1]))
+    return (height - crop_height) // 2, (width - crop_width) // 2, crop_height, crop_width
 
 
 def _scaled(side: int, numerator: int, denominator: int) -> int:

@@ -21,6 +21,8 @@ class LatentCaching:
         token_budgets: at each of these, images are shrunk to at most so many patches, aspect kept.
         squares: at each of these, the centre of the image, so many pixels a side: what ADM's crop
             shows, resized once.
+        buckets: at each of these, the centre of the image in the shape nearest to its own among
+            about a dozen, none of more patches than a square of so many pixels a side.
         flip: every image a second time, mirrored.
         dtype: of the stored latents: bfloat16, float16 or float32.
         compute_dtype: of the encoder: bfloat16 or float32.
@@ -47,6 +49,7 @@ class LatentCaching:
     out: str = ""
     token_budgets: tuple[int, ...] = ()
     squares: tuple[int, ...] = ()
+    buckets: tuple[int, ...] = ()
     flip: bool = False
     dtype: str = "bfloat16"
     compute_dtype: str = "bfloat16"
@@ -79,14 +82,18 @@ class LatentCaching:
             raise ValueError(f"num_classes={self.num_classes} must be positive, or 0 for any")
         if len(set(self.transforms)) < len(self.transforms):
             raise ValueError(
-                f"token_budgets={self.token_budgets} and squares={self.squares}: one is there twice"
+                f"token_budgets={self.token_budgets}, squares={self.squares} and "
+                f"buckets={self.buckets}: one is there twice"
             )
 
     @property
     def transforms(self) -> tuple[Transform, ...]:
-        """What is done to images: the budgets, then the squares."""
-        budgets = [Transform(token_budget=budget) for budget in self.token_budgets]
-        return (*budgets, *(Transform(square=side) for side in self.squares))
+        """What is done to images: the budgets, then the squares, then the buckets."""
+        return (
+            *(Transform(token_budget=budget) for budget in self.token_budgets),
+            *(Transform(square=side) for side in self.squares),
+            *(Transform(bucket=side) for side in self.buckets),
+        )
 
 
 def complete(settings: LatentCaching) -> LatentCaching:
@@ -99,7 +106,9 @@ def complete(settings: LatentCaching) -> LatentCaching:
         if not getattr(settings, name):
             raise ValueError(f"{name} is empty; set --{name}")
     if not settings.transforms:
-        raise ValueError("token_budgets and squares are both empty; give the sizes of the images")
+        raise ValueError(
+            "token_budgets, squares and buckets are all empty; give the sizes of the images"
+        )
     return replace(
         settings,
         manifest=Folder.of(settings.manifest).uri,

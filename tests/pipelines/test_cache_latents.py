@@ -27,7 +27,7 @@ from tests.vitok.text_encoders import save_text_encoder
 from vitok.autoencoder import Autoencoder
 from vitok.initialize import start_at_random
 from vitok.packed import pack_images
-from vitok.patches import fit_to_budget
+from vitok.patches import bucket_sizes, fit_to_budget, nearest_bucket
 from vitok.pretrained import encoder_digest, save_pretrained
 from vitok.storage import Folder
 from vitok.variants import AutoencoderConfig
@@ -72,13 +72,16 @@ def encode_here(
 
 
 def pixels_as_shown(
-    data: bytes, size: tuple[int, int], square: bool, flipped: bool
+    data: bytes, size: tuple[int, int], is_cropped: bool, flipped: bool
 ) -> torch.Tensor:
     """Return [3, height, width] in [-1, 1] of an image, slowly: cut out, resized, mirrored."""
     whole = decode_rgb(data)
     height, width = whole.shape[:2]
-    side = min(height, width)
-    crop = ((height - side) // 2, (width - side) // 2, side, side) if square else None
+    crop = None
+    if is_cropped:
+        tall, wide = width * size[0] / size[1], height * size[1] / size[0]
+        cut = (min(height, int(tall + 0.5)), min(width, int(wide + 0.5)))
+        crop = ((height - cut[0]) // 2, (width - cut[1]) // 2, *cut)
     pixels = torch.from_numpy(decode_rgb(data, crop=crop, size=size)).permute(2, 0, 1) / 127.5 - 1
     return pixels.flip(2) if flipped else pixels
 
@@ -89,6 +92,7 @@ VARIANTS: list[dict[str, Any]] = [
     {"flip": True},
     {"token_budgets": (), "squares": (64,)},
     {"token_budgets": (BUDGET, 9), "squares": (48,), "flip": True},
+    {"token_budgets": (9,), "buckets": (48, 96), "flip": True},
 ]
 
 
@@ -112,7 +116,10 @@ def test_latents_of_a_unit_equal_those_of_each_image_alone(
         size = (transform.square, transform.square)
         if transform.token_budget:
             size = fit_to_budget(height, width, patch_size=16, token_budget=transform.token_budget)
-        pixels = pixels_as_shown(images[row % count], size, bool(transform.square), bool(flipped))
+        if transform.bucket:
+            size = nearest_bucket(height, width, bucket_sizes(transform.bucket, 16))
+        is_cropped = not transform.token_budget
+        pixels = pixels_as_shown(images[row % count], size, is_cropped, bool(flipped))
         with torch.no_grad():
             expected = model.encode_packed(pack_images([pixels], patch_size=16)).tokens
         latent = tensors["latents"][bounds[row] : bounds[row + 1]]
@@ -426,6 +433,7 @@ def test_unreadable_samples_are_recorded_and_too_many_fail_with_their_names(
         ({"cpus_per_reader": 0.0}, r"cpus_per_reader=0\.0 must be above 0"),
         ({"num_classes": -1}, "num_classes=-1 must be positive"),
         ({"squares": (64, 64)}, "one is there twice"),
+        ({"buckets": (64, 64)}, r"buckets=\(64, 64\): one is there twice"),
     ],
 )
 def test_impossible_settings_are_refused(change: dict[str, object], sentence: str) -> None:
@@ -439,9 +447,11 @@ def test_incomplete_settings_and_a_patch_that_does_not_divide_are_refused(
     for name in ("manifest", "model", "out"):
         with pytest.raises(ValueError, match=f"{name} is empty; set --{name}"):
             complete(replace(caching, **{name: ""}))
-    with pytest.raises(ValueError, match="token_budgets and squares are both empty"):
+    with pytest.raises(ValueError, match="token_budgets, squares and buckets are all empty"):
         complete(replace(caching, token_budgets=()))
     with pytest.raises(ValueError, match="square=250 is no multiple of the model's patch of 16"):
         identity_of(replace(caching, squares=(250,)))
+    with pytest.raises(ValueError, match="bucket=250 is no multiple of the model's patch of 16"):
+        identity_of(replace(caching, buckets=(250,)))
     named = complete(replace(caching, model="350M-f16x64"))
     assert named.model == "350M-f16x64", "a released model's name is no folder"

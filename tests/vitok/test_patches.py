@@ -1,3 +1,4 @@
+import math
 from fractions import Fraction
 from math import ceil, floor
 
@@ -8,9 +9,12 @@ from hypothesis import strategies as st
 from torch.nn import functional as F
 
 from vitok.patches import (
+    bucket_sizes,
+    centre_crop,
     fit_to_budget,
     grid_coordinates,
     grid_size,
+    nearest_bucket,
     normalize_patches,
     pad_to_patch,
     patchify,
@@ -73,6 +77,70 @@ def test_size_rule_keeps_budget_and_aspect(height, width, patch_size, token_budg
     if min(new_height, new_width) > 1:
         # Each side is off by at most half a pixel.
         assert abs(new_height * width - new_width * height) <= (height + width) / 2
+
+
+@pytest.mark.parametrize("patches", [1, 2, 3, 8, 16, 31])
+def test_buckets_are_the_largest_grids_of_the_area_and_aspect(patches):
+    sides = range(1, 2 * patches + 1)
+    allowed = {
+        (rows, columns)
+        for rows in sides
+        for columns in sides
+        if rows * columns <= patches**2 and Fraction(1, 2) <= Fraction(rows, columns) <= 2
+    }
+    largest = [
+        grid
+        for grid in sorted(allowed)
+        if not any(grid[0] <= rows and grid[1] <= columns for rows, columns in allowed - {grid})
+    ]
+    assert bucket_sizes(14 * patches, 14) == tuple((14 * r, 14 * c) for r, c in largest)
+    assert (patches, patches) in largest
+    assert {(columns, rows) for rows, columns in largest} == set(largest)
+
+
+def test_buckets_of_256_pixels():
+    halves = [(176, 352), (192, 336), (208, 304), (224, 288), (240, 272)]
+    others = [(width, height) for height, width in reversed(halves)]
+    assert bucket_sizes(256, 16) == (*halves, (256, 256), *others)
+
+
+@settings(max_examples=300, deadline=None)
+@given(height=SIDES, width=SIDES, patches=st.integers(1, 32), patch_size=PATCHES)
+@example(height=512, width=511, patches=16, patch_size=16)
+@example(height=4, width=5, patches=2, patch_size=16)
+def test_an_image_goes_to_the_bucket_nearest_in_log_aspect(height, width, patches, patch_size):
+    buckets = bucket_sizes(patches * patch_size, patch_size)
+    found = nearest_bucket(height, width, buckets)
+
+    # Of two products a / b >= 1, as |log(a / b)| is then the distance, exactly.
+    distances = {
+        bucket: max(ratio := Fraction(height * bucket[1], width * bucket[0]), 1 / ratio)
+        for bucket in buckets
+    }
+    least = min(distances.values())
+    assert found == next(bucket for bucket in buckets if distances[bucket] == least)
+    by_logarithm = [abs(math.log(height / width) - math.log(h / w)) for h, w in buckets]
+    assert by_logarithm[buckets.index(found)] == pytest.approx(min(by_logarithm), abs=1e-9)
+
+
+@settings(max_examples=300, deadline=None)
+@given(height=SIDES, width=SIDES, size=st.tuples(st.integers(1, 512), st.integers(1, 512)))
+@example(height=1, width=5000, size=(352, 176))
+@example(height=5000, width=1, size=(176, 352))
+@example(height=301, width=200, size=(256, 256))
+def test_centre_crop_is_the_largest_middle_part_of_the_aspect(height, width, size):
+    top, left, crop_height, crop_width = centre_crop(height, width, size)
+    assert 1 <= crop_height <= height
+    assert 1 <= crop_width <= width
+    assert crop_height == height or crop_width == width
+    assert (top, left) == ((height - crop_height) // 2, (width - crop_width) // 2)
+    scale = Fraction(size[0], size[1])
+    if height < width * scale:
+        assert crop_width == 1 or abs(crop_width - height / scale) <= Fraction(1, 2)
+    else:
+        assert crop_height == 1 or abs(crop_height - width * scale) <= Fraction(1, 2)
+    side = min(height, width)
+    assert centre_crop(height, width, (7, 7))[2:] == (side, side)
 
 
 @settings(max_examples=50, deadline=None)

@@ -23,6 +23,7 @@ def caching(
         out=str(tmp_path / "cache"),
         token_budgets=(30,),
         squares=(64,),
+        buckets=(80,),
         flip=True,
         unit_samples=7,
         row_tokens=256,
@@ -38,7 +39,7 @@ def test_estimate_is_what_the_cache_then_holds(caching: LatentCaching) -> None:
     torch.set_num_threads(threads)
     found = LatentCache(caching.out).manifest
     assert size.num_images == found.num_images == 60
-    assert size.num_latents == found.num_latents == 240
+    assert size.num_latents == found.num_latents == 360
     assert size.num_units == found.num_units == 9
     # Every unit is counted here; of a large corpus it is a sample.
     assert size.num_tokens == found.num_tokens
