@@ -5,7 +5,6 @@
 Ray Data keeps the three in step: what waits between them is bounded by the object store.
 """
 
-from dataclasses import replace
 from json import dumps, loads
 from typing import Any
 
@@ -35,6 +34,7 @@ from pipelines.caching.manifest import (
     remove_old_indexes,
     write_manifest,
 )
+from pipelines.caching.resources import Resources, resources_of
 from pipelines.caching.units import (
     DTYPES,
     UNITS,
@@ -57,12 +57,6 @@ from vitok.variants import AutoencoderConfig
 
 # Input blocks are all made before the first task starts.
 _MAX_INPUT_BLOCKS = 1000
-# Ray Data fuses steps that ask for the same resources, and then an encoder would read by itself. So
-# much less of a core, the least that Ray counts, keeps readers apart from encoders.
-_CPU_GRAIN = 1e-4
-# Cores of a task that writes: most of its time it waits.
-_CPUS_PER_WRITER = 0.25
-_MIN_WRITERS = 2
 _MAX_LISTED = 20
 
 
@@ -202,17 +196,16 @@ def _encode_missing(
     missing: list[int],
 ) -> None:
     """Encode and commit units, on all workers; draws the progress."""
-    num_workers = min(settings.num_workers, len(missing))
+    resources = resources_of(settings, len(missing))
     check_resources(
-        # One more reads and decodes: without it nothing would ever come to the encoders.
-        num_cpus=num_workers * settings.cpus_per_worker + settings.cpus_per_reader,
-        num_gpus=num_workers * settings.use_gpu,
+        num_cpus=resources.least_cpus,
+        num_gpus=resources.least_gpus,
         remedy="lower num_workers or cpus_per_worker, or set use_gpu to False",
     )
     done = source.num_samples - sum(units[i].stop - units[i].start for i in missing)
     num_bytes = 0
     with progress_bar("encode", source.num_samples, "image", done) as board:
-        results = _encoded(replace(settings, num_workers=num_workers), identity, source, missing)
+        results = _encoded(settings, identity, source, missing, resources)
         for batch in results.iter_batches(batch_size=None, prefetch_batches=0):
             num_bytes += int(batch["num_bytes"].sum())
             finished = int(batch["num_samples"].sum())
@@ -220,7 +213,11 @@ def _encode_missing(
 
 
 def _encoded(
-    settings: LatentCaching, identity: CacheIdentity, source: Manifest, missing: list[int]
+    settings: LatentCaching,
+    identity: CacheIdentity,
+    source: Manifest,
+    missing: list[int],
+    resources: Resources,
 ) -> Any:
     """Return the Ray Dataset that encodes and commits units, with a record of each."""
     import pyarrow as pa
@@ -230,24 +227,20 @@ def _encoded(
     steps = _Steps(settings, identity, source)
     # Not ray.data.range: its read tasks would each take a core.
     dataset = ray.data.from_blocks([pa.table({"unit": block}) for block in blocks])
-    reader_cpus = settings.cpus_per_reader
-    reader_cpus -= _CPU_GRAIN if reader_cpus == settings.cpus_per_worker else 0.0
-    dataset = dataset.map_batches(steps.prepare, batch_size=None, num_cpus=reader_cpus)
+    dataset = dataset.map_batches(steps.prepare, batch_size=None, num_cpus=resources.reader_cpus)
     dataset = dataset.map_batches(
         _EncoderActor,
         batch_size=None,
         fn_constructor_args=(settings, identity),
-        compute=ray.data.ActorPoolStrategy(size=settings.num_workers),
-        num_cpus=settings.cpus_per_worker,
-        num_gpus=1 if settings.use_gpu else 0,
+        compute=ray.data.ActorPoolStrategy(size=resources.num_encoders),
+        num_cpus=resources.encoder_cpus,
+        num_gpus=resources.encoder_gpus,
     )
-    # Ray Data divides what is free among the steps whose number of tasks has no limit: with one
-    # here all of it is for the readers.
     dataset = dataset.map_batches(
         steps.commit,
         batch_size=None,
-        num_cpus=_CPUS_PER_WRITER,
-        concurrency=max(_MIN_WRITERS, settings.num_workers),
+        num_cpus=resources.writer_cpus,
+        concurrency=resources.num_writers,
     )
     # One record, a unit, makes a block: units of different shapes are never joined.
     dataset.context.target_max_block_size = 1
