@@ -102,8 +102,8 @@ class Crops:
                 break
         return pack_pixels(
             crops,
+            np.zeros((self._row_tokens, 3 * self._patch_size**2), np.uint8),
             patch_size=self._patch_size,
-            row_tokens=self._row_tokens,
             max_images=len(crops),
             max_seqlen=max(num_tokens(*crop.shape[:2], self._patch_size) for crop in crops),
         )

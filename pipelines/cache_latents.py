@@ -264,7 +264,7 @@ class _Steps:
             prepared = prepare_unit(self._source, unit, self._identity)
             yield {
                 "unit": np.array([number]),
-                "tokens": np.stack([row.tokens for row in prepared.rows])[None],
+                "tokens": prepared.tokens[None],
                 "image_size": np.stack([row.image_size for row in prepared.rows])[None],
                 "max_seqlen": np.array([prepared.rows[0].max_seqlen]),
                 "members": np.array([dumps(prepared.members)]),

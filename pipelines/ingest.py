@@ -157,19 +157,20 @@ def load_rows(
 
 def pack_pixels(
     images: Sequence[NDArray[np.uint8]],
+    tokens: NDArray[np.uint8],
     *,
     patch_size: int,
-    row_tokens: int,
     max_images: int,
     max_seqlen: int,
 ) -> PackedRow:
     """Pack decoded images [H, W, 3] one after the other; of step 0, without keys and classes.
 
-    Together they have at most row_tokens tokens.
+    Args:
+        tokens: [T, 3P^2] zeros, which become the row's; the images have at most T together.
     """
     row = _blank_row(
         [(pixels.shape[0], pixels.shape[1]) for pixels in images],
-        np.zeros((row_tokens, 3 * patch_size**2), dtype=np.uint8),
+        tokens,
         patch_size=patch_size,
         max_images=max_images,
         max_seqlen=max_seqlen,

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from typing import Annotated
 
 import numpy as np
+from numpy.typing import NDArray
 
 from pipelines.corpus import SampleRecords
 from pipelines.ingest import decode_views, load_rows, pack_pixels
@@ -233,12 +234,13 @@ def load_packing(
     packing: Packing,
     *,
     patch_size: int,
-) -> tuple[list[PackedRow], list[list[int]], dict[int, str]]:
+) -> tuple[list[PackedRow], NDArray[np.uint8], list[list[int]], dict[int, str]]:
     """Load all rows of a packing at once: every sample is read once, in the order of the shard.
 
     Returns:
-        the rows, without keys; the places among the views of what is in each; and why views are
-        unreadable, by their places: these leave their slots out.
+        the rows, without keys; their tokens [R, T, 3P^2], in one piece; the places among the views
+        of what is in each; and why views are unreadable, by their places: these leave their slots
+        out.
     """
     decoded = decode_views(corpus, records, list(views))
     rows, found = [], []
@@ -247,7 +249,9 @@ def load_packing(
         for i, view in enumerate(views)
         if isinstance(error := decoded[view], UnreadableImage)
     }
-    for members in packing.members:
+    # All rows in one array: who sends them on need not copy them together.
+    tokens = np.zeros((len(packing.members), packing.row_tokens, 3 * patch_size**2), np.uint8)
+    for number, members in enumerate(packing.members):
         readable = {
             i: pixels for i in members if isinstance(pixels := decoded[views[i]], np.ndarray)
         }
@@ -255,10 +259,10 @@ def load_packing(
         rows.append(
             pack_pixels(
                 list(readable.values()),
+                tokens[number],
                 patch_size=patch_size,
-                row_tokens=packing.row_tokens,
                 max_images=packing.max_images,
                 max_seqlen=packing.max_seqlen,
             )
         )
-    return rows, found, unreadable
+    return rows, tokens, found, unreadable

@@ -48,12 +48,14 @@ class PreparedUnit:
     """The packed rows of a unit.
 
     Attributes:
+        tokens: of all rows, [R, T, 3P^2].
         members: of each row, the places among the unit's views of what lies in it.
         skipped: (key, reason) of the samples that were unreadable.
         captions: of each sample, None for none; empty for a cache without texts.
     """
 
     rows: list[PackedRow]
+    tokens: NDArray[np.uint8]
     members: list[list[int]]
     skipped: list[tuple[str, str]]
     captions: list[str | None]
@@ -98,7 +100,7 @@ def prepare_unit(source: Manifest, unit: Unit, identity: CacheIdentity) -> Prepa
     records = samples_of(source, unit)
     views = views_of(records, identity)
     packing = pack_views(views, patch_size=identity.patch_size, row_tokens=identity.row_tokens)
-    rows, members, unreadable = load_packing(
+    rows, tokens, members, unreadable = load_packing(
         Corpus.of(source), records, views, packing, patch_size=identity.patch_size
     )
     reasons: dict[str, str] = {}
@@ -108,7 +110,7 @@ def prepare_unit(source: Manifest, unit: Unit, identity: CacheIdentity) -> Prepa
     if identity.text is not None:
         captions, bad = read_captions(source, unit.shard, unit.start, unit.stop)
         reasons = bad | reasons
-    return PreparedUnit(rows, members, sorted(reasons.items()), captions)
+    return PreparedUnit(rows, tokens, members, sorted(reasons.items()), captions)
 
 
 class Encoder:
