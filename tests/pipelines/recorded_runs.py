@@ -127,9 +127,11 @@ class Attempt:
     """What one group of workers trained on.
 
     Attributes:
+        group: its name.
         keys: of every step that all workers began, those of its rows.
     """
 
+    group: str
     world_size: int
     keys: dict[int, list[list[str]]]
 
@@ -146,13 +148,21 @@ class Attempt:
 
 def read_notes(notes: Path) -> list[dict[str, Any]]:
     """Return what recording workers wrote, in the order in which they did."""
-    lines = [
-        line
-        for file in notes.glob("*.jsonl")
+    return sorted(_read_lines(notes, "*.jsonl"), key=lambda note: note["time"])
+
+
+def read_losses(notes: Path) -> list[dict[str, Any]]:
+    """Return what came of the rows that recording workers used, in no order."""
+    return _read_lines(notes, "*.losses")
+
+
+def _read_lines(notes: Path, pattern: str) -> list[dict[str, Any]]:
+    return [
+        json.loads(line)
+        for file in notes.glob(pattern)
         # The last line of a worker that was killed may be cut.
         for line in file.read_text().split("\n")[:-1]
     ]
-    return sorted(map(json.loads, lines), key=lambda note: note["time"])
 
 
 def note_row(notes: Path, row: PackedRow) -> None:
@@ -171,13 +181,17 @@ def note_row(notes: Path, row: PackedRow) -> None:
         file.write(json.dumps(note) + "\n")
 
 
-def check_order(notes: Path, plan: Plan) -> list[Attempt]:
+def check_order(notes: Path, plan: Plan, num_steps: int | None = None) -> list[Attempt]:
     """Compare the ordered keys of every step, in every attempt that ran it, with the plan.
+
+    Args:
+        num_steps: that were trained; all of the plan by default.
 
     Returns:
         the attempts in their order, without those that were killed before their first step.
     """
-    planned = [_planned_keys(plan, step) for step in range(plan.num_steps)]
+    num_steps = plan.num_steps if num_steps is None else num_steps
+    planned = [_planned_keys(plan, step) for step in range(num_steps)]
     # group -> step -> rank -> keys of its rows
     groups: dict[str, Any] = defaultdict(lambda: defaultdict(lambda: defaultdict(list)))
     world_sizes: dict[str, int] = {}
@@ -186,7 +200,7 @@ def check_order(notes: Path, plan: Plan) -> list[Attempt]:
         world_sizes[note["group"]] = note["world_size"]
     attempts = []
     for group, steps in groups.items():
-        attempt = Attempt(world_sizes[group], {})
+        attempt = Attempt(group, world_sizes[group], {})
         ranks = range(attempt.world_size)
         for step, by_rank in steps.items():
             expected = planned[step]
@@ -200,7 +214,7 @@ def check_order(notes: Path, plan: Plan) -> list[Attempt]:
             whole = list(range(attempt.first_step, attempt.next_step))
             assert list(attempt.keys) == whole, f"attempt {group} left steps out"
             attempts.append(attempt)
-    assert {step for attempt in attempts for step in attempt.keys} == set(range(plan.num_steps))
+    assert {step for attempt in attempts for step in attempt.keys} == set(range(num_steps))
     return attempts
 
 

@@ -36,6 +36,8 @@ def recording_worker(
 ) -> None:
     """Run the real training worker, with a note of every packed row before it is used.
 
+    What came of the row, the sums of its loss and its terms, is noted in a file beside it.
+
     Args:
         fatal_step: rank 1 kills itself there, once.
         pause_s: before every row; makes steps as slow as those of larger models.
@@ -59,7 +61,11 @@ def recording_worker(
             time.sleep(0.02)
         time.sleep(pause_s)
         note_row(notes, row)
-        return original(settings, loss, model, row, device)
+        terms = original(settings, loss, model, row, device)
+        sums = {name: value.item() for name, value in terms.items()}
+        with (notes / f"{pid}.losses").open("a") as file:
+            file.write(json.dumps({"step": row.step, "group": group, "terms": sums}) + "\n")
+        return terms
 
     train_autoencoder.reconstruction_step = record
     train_autoencoder._worker(given)
