@@ -132,6 +132,7 @@ def disturb(
     place: Path,
 ) -> Verdict:
     """Let faults happen to a training that was started, end it, and judge it."""
+    wait_for_first_step(driver, place / "notes")
     watch = Watch(
         driver.pid,
         {
@@ -143,7 +144,6 @@ def disturb(
         place / "memory.jsonl",
     )
     watch.start()
-    wait_for_first_step(driver, place / "notes")
     began = time.monotonic()
     done: list[dict[str, Any]] = []
     for fault in faults:

@@ -22,6 +22,7 @@ Kind = Literal["kill trainer", "kill reader", "restart mlflow", "store errors"]
 NUM_TRAINERS = 2
 # Of the store's answers, always and in a burst. A request has eight attempts.
 USUAL_ERRORS, BURST_ERRORS = 0.02, 0.25
+_LEAST_BURST = 5
 # At the end, for what a fault has left to do.
 _QUIET_S = 60.0
 _READER = "ray::MapBatches(load)"
@@ -105,6 +106,8 @@ class Scene:
             before = self.proxy.injected.total()
             self.proxy.schedule = rarely(BURST_ERRORS, round(1000 * fault.at_s))
             time.sleep(fault.length_s)
+            # What is read ahead may last for longer than that.
+            self._wait(lambda: self.proxy.injected.total() >= before + _LEAST_BURST, "request")
             self.proxy.schedule = usual
             found |= {"spoiled": self.proxy.injected.total() - before}
         return found
@@ -128,6 +131,6 @@ class Scene:
         deadline = time.monotonic() + _TIMEOUT_S
         while not (found := condition()):
             if not psutil.pid_exists(self.driver) or time.monotonic() > deadline:
-                raise TimeoutError(f"in {_TIMEOUT_S:.0f} s there was no {what} to be killed")
+                raise TimeoutError(f"in {_TIMEOUT_S:.0f} s there was no {what}")
             time.sleep(_POLL_S)
         return found

@@ -43,11 +43,11 @@ def life(
     return found
 
 
-@pytest.mark.parametrize("minutes", [6, 28])
+@pytest.mark.parametrize("minutes", [8, 28])
 def test_memory_that_saws_and_warms_up_is_flat_and_a_leak_is_not(minutes: float) -> None:
     assert growing([life(minutes, 0.0, warm_up_mb=400, tooth_mb=60)]) == []
     assert growing([life(minutes, -20.0)]) == []
-    (sentence,) = growing([life(minutes, 9.0, tooth_mb=60), life(minutes, 0.0)])
+    (sentence,) = growing([life(minutes, 9.5, tooth_mb=60), life(minutes, 0.0)])
     assert sentence.startswith("reader grew by ")
     growth = growth_of(life(minutes, 9.0))
     assert growth is not None
@@ -57,8 +57,8 @@ def test_memory_that_saws_and_warms_up_is_flat_and_a_leak_is_not(minutes: float)
 
 def test_small_leak_shows_in_a_long_life_and_none_in_one_too_short_to_judge() -> None:
     assert growing([life(28, 2.5)]) != []
-    assert growth_of(life(3, 50.0)) is None
-    figures = summary([life(3, 50.0), life(28, 2.5), life(28, 0.0)])
+    assert growth_of(life(5, 50.0)) is None
+    figures = summary([life(5, 50.0), life(28, 2.5), life(28, 0.0)])
     assert (figures["reader"]["lives"], figures["reader"]["judged"]) == (3, 2)
     assert figures["reader"]["mb_per_min"] == pytest.approx(2.5, abs=0.2), "of the steepest"
 
