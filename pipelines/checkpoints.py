@@ -1,5 +1,8 @@
 """Checkpoints of a run: read where it goes on, written while it trains."""
 
+import hashlib
+import logging
+import shutil
 import tempfile
 import threading
 from pathlib import Path
@@ -10,18 +13,23 @@ import ray.train
 from pipelines.failures import Unrecoverable
 from pipelines.plan import Plan
 from vitok.checkpoint import TrainState
+from vitok.storage import Folder
+
+logger = logging.getLogger(__name__)
 
 
 class Checkpoints:
     """Reads and writes the checkpoints of a training, one at a time; the same calls on every rank.
 
     Args:
+        run: where the checkpoints go.
         state: what changes in training.
         plan: what the cursor counts in.
         story: JSON types, kept in every checkpoint: the config, the MLflow run.
     """
 
-    def __init__(self, state: TrainState, plan: Plan, story: dict[str, Any]) -> None:
+    def __init__(self, run: Folder, state: TrainState, plan: Plan, story: dict[str, Any]) -> None:
+        self._run = run
         self._state = state
         self._plan = plan
         self._story = story
@@ -29,7 +37,7 @@ class Checkpoints:
         self._is_idle.set()
 
     def load(self, checkpoint: ray.train.Checkpoint | None) -> dict[str, Any]:
-        """Set the state to a checkpoint, if there is one.
+        """Set the state to a checkpoint, if there is one, and delete what killed workers left.
 
         Returns:
             progress: the cursor, what was skipped and asked again until it, the corpus' digest.
@@ -37,6 +45,8 @@ class Checkpoints:
         Raises:
             Unrecoverable: the corpus has changed since.
         """
+        if ray.train.get_context().get_local_rank() == 0:
+            remove_unfinished(self._run)
         progress = {
             "cursor": self._plan.cursor(0),
             "skipped": 0,
@@ -65,7 +75,7 @@ class Checkpoints:
         """
         self._is_idle.wait()
         self._is_idle.clear()
-        folder = tempfile.mkdtemp(prefix="vitok-checkpoint-")
+        folder = tempfile.mkdtemp(prefix=unfinished_prefix(self._run))
         saving = self._state.save(Path(folder), progress | self._story)
         storage = ray.train.get_context().get_storage()
 
@@ -86,3 +96,18 @@ class Checkpoints:
             delete_local_checkpoint_after_upload=True,
             checkpoint_upload_fn=upload,
         )
+
+
+def remove_unfinished(run: Folder) -> None:
+    """Delete from this node the checkpoints of a run whose writers were killed on the way.
+
+    Called before a worker of this node begins one.
+    """
+    for folder in Path(tempfile.gettempdir()).glob(f"{unfinished_prefix(run)}*"):
+        logger.warning("deleting %s, which a worker that was killed has left", folder)
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def unfinished_prefix(run: Folder) -> str:
+    """Return how the names of a run's checkpoints begin while they are on their way to it."""
+    return f"vitok-checkpoint-{hashlib.sha256(run.uri.encode()).hexdigest()[:16]}-"

@@ -109,7 +109,8 @@ def fit(
         recipe.initialize(model)
     optimizer = build_optimizer(model, optim)
     ema = Ema(model, optim.ema_decay) if optim.ema_decay else None
-    checkpoints = Checkpoints(TrainState(model, optimizer, ema), plan, recipe.story)
+    state = TrainState(model, optimizer, ema)
+    checkpoints = Checkpoints(run.folder, state, plan, recipe.story)
     progress = checkpoints.load(checkpoint)
     first_step = progress["cursor"]["step"]
     # What a killed attempt logged after its last checkpoint is not logged twice.

@@ -1,6 +1,7 @@
 import functools
 import json
 import signal
+import tempfile
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import torch
 from mlflow.tracking import MlflowClient
 
 from pipelines import train_autoencoder
+from pipelines.checkpoints import unfinished_prefix
 from pipelines.ingest import load_step
 from pipelines.plan import Stage
 from pipelines.runs import latest_checkpoint, next_step
@@ -64,9 +66,13 @@ def test_killed_run_resumes_with_the_same_samples_and_losses_as_one_never_killed
     assert (notes / "killed").exists()
     assert 9 <= next_step(settings.run.folder) < num_steps
 
+    # As a kill in the middle of an upload leaves it.
+    prefix = unfinished_prefix(settings.run.folder)
+    (Path(tempfile.mkdtemp(prefix=prefix)) / "__0_0.distcp").write_bytes(b"half")
     last = replace(settings, run=replace(settings.run, num_workers=1))
     assert start(last, notes, "{}").wait(timeout=300) == 0, (notes / "driver.log").read_text()
     assert next_step(settings.run.folder) == num_steps
+    assert list(Path(tempfile.gettempdir()).glob(f"{prefix}*")) == []
 
     attempts = check_order(notes, plan_of(settings))
     assert [attempt.world_size for attempt in attempts] == [2, 2, 1]
