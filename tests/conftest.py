@@ -92,6 +92,7 @@ def make_tiny_training(manifests: tuple[Path, Path], folder: Path) -> Autoencode
             cpus_per_worker=0.5,
             use_gpu=False,
             compute_dtype="float32",
+            mfu=False,  # measuring the peak takes seconds
             log_every=1,
             evaluate_every=4,
             checkpoint_every=2,

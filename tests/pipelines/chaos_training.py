@@ -10,7 +10,6 @@ Usage: chaos_training.py CONFIG.json NOTES_FOLDER NUM_NODES HITS_AS_JSON
 import json
 import os
 import shutil
-import signal
 import sys
 import tempfile
 import threading
@@ -56,13 +55,13 @@ class Hit:
     """Something that happens to a training.
 
     Attributes:
-        kind: a worker or its node dies, a node is added, or the node's end is announced.
+        kind: a worker's node dies, a node is added, or the node's end is announced.
         step: when a worker is there.
         rank: of that worker.
         delay_s: and then so much later.
     """
 
-    kind: Literal["kill worker", "kill node", "add node", "announce"]
+    kind: Literal["kill node", "add node", "announce"]
     step: int
     rank: int = 0
     delay_s: float = 0.0
@@ -111,32 +110,32 @@ class Chaos(threading.Thread):
         return None
 
     def _carry_out(self, hit: Hit, victim: dict[str, Any]) -> None:
-        if hit.kind == "kill worker":
-            os.kill(victim["pid"], signal.SIGKILL)
-        elif hit.kind == "kill node":
+        alive = num_alive()
+        if hit.kind == "kill node":
             kill_node(self._cluster, victim["node"])
-            self._look_at_nodes()
+            self._look_at_nodes(alive - 1)
         elif hit.kind == "add node":
             # Hooks are for the main thread alone, and what a thread starts would end with it.
             self._cluster._shutdown_at_exit = False
             add_node(self._cluster)
-            self._look_at_nodes()
+            self._look_at_nodes(alive + 1)
         else:
             before = next_step(self._run.folder)
             announce_end(self._cluster, victim["node"])
             self._wait(lambda: next_step(self._run.folder) > before)
             # What is trained between this checkpoint and the end is lost; it shall not be all.
             self._hold(victim["group"], 0)
+            gone = {victim["group"], *self._old_groups}
+            self._wait(lambda: any(note["group"] not in gone for note in self._read()))
 
-    def _look_at_nodes(self) -> None:
+    def _look_at_nodes(self, expected: int) -> None:
         """Have Ray's elastic groups count nodes now; they do every 20 s."""
         import ray
         from ray.data._internal.cluster_autoscaler.default_autoscaling_coordinator import (
             get_or_create_autoscaling_coordinator,
         )
 
-        expected = 1 + len(self._cluster.worker_nodes)
-        self._wait(lambda: sum(node["Alive"] for node in ray.nodes()) == expected)
+        self._wait(lambda: num_alive() == expected)
         coordinator = get_or_create_autoscaling_coordinator()
         ray.get(coordinator.get_reserved_resources.remote("", recompute=True))
 
@@ -156,6 +155,13 @@ class Chaos(threading.Thread):
                 raise TimeoutError(f"nothing in {_TIMEOUT_S} s of what was waited for")
             time.sleep(0.05)
         return found
+
+
+def num_alive() -> int:
+    """Return the nodes that the cluster takes for alive."""
+    import ray
+
+    return sum(node["Alive"] for node in ray.nodes())
 
 
 def add_node(cluster: Any) -> None:

@@ -1,17 +1,12 @@
-import functools
 import json
-import signal
-import tempfile
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import ray
 import torch
 from mlflow.tracking import MlflowClient
 
 from pipelines import train_autoencoder
-from pipelines.checkpoints import unfinished_prefix
 from pipelines.ingest import load_step
 from pipelines.plan import Stage
 from pipelines.runs import latest_checkpoint, next_step
@@ -25,64 +20,7 @@ from pipelines.train_autoencoder import (
     read_settings,
     run_training,
 )
-from tests.pipelines.recorded_runs import (
-    check_losses,
-    check_order,
-    ended,
-    repeated_steps,
-    start_driver,
-    wait_for_step,
-)
 from vitok.config import write_config
-from vitok.parallel import ParallelConfig
-
-
-def test_killed_run_resumes_with_the_same_samples_and_losses_as_one_never_killed(
-    ray_cluster: None, tiny_training: AutoencoderTraining, tmp_path: Path
-) -> None:
-    notes = tmp_path / "notes"
-    notes.mkdir()
-    settings = replace(
-        tiny_training,
-        # KL latents are trained with noise, which must come back too.
-        model=replace(tiny_training.model, latent="kl"),
-        stages=(replace(tiny_training.stages[0], steps=14), tiny_training.stages[1]),
-        run=replace(
-            tiny_training.run,
-            checkpoint_every=3,
-            evaluate_every=100,
-            parallel=ParallelConfig(checkpoint_every=2),
-        ),
-    )
-    num_steps = plan_of(settings).num_steps
-
-    address = ray.get_runtime_context().gcs_address
-    start = functools.partial(start_driver, "recording_training", RAY_ADDRESS=address)
-    # A worker dies, its group restarts.
-    first = start(settings, notes, json.dumps({"fatal_step": 5}))
-    with ended(first):
-        wait_for_step(first, settings.run, 9, timeout_s=240)
-    assert first.wait() == -signal.SIGKILL
-    assert (notes / "killed").exists()
-    assert 9 <= next_step(settings.run.folder) < num_steps
-
-    # As a kill in the middle of an upload leaves it.
-    prefix = unfinished_prefix(settings.run.folder)
-    (Path(tempfile.mkdtemp(prefix=prefix)) / "__0_0.distcp").write_bytes(b"half")
-    last = replace(settings, run=replace(settings.run, num_workers=1))
-    assert start(last, notes, "{}").wait(timeout=300) == 0, (notes / "driver.log").read_text()
-    assert next_step(settings.run.folder) == num_steps
-    assert list(Path(tempfile.gettempdir()).glob(f"{prefix}*")) == []
-
-    attempts = check_order(notes, plan_of(settings))
-    assert [attempt.world_size for attempt in attempts] == [2, 2, 1]
-    # Each kill costs the steps since the newest checkpoint. These steps are so short that the
-    # checkpoint before may still be on its way into Ray's record.
-    assert sum(repeated_steps(attempts)) <= 2 * 2 * settings.run.checkpoint_every
-    weights = check_losses(settings)
-    trained = load_autoencoder(settings.run.folder.uri).state_dict()
-    for name, expected in weights.items():
-        torch.testing.assert_close(trained[name], expected, rtol=0, atol=2e-3, msg=name)
 
 
 def test_finished_run_is_recorded_exported_and_not_trained_again(

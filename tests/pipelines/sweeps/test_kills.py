@@ -73,7 +73,7 @@ def study(
     """A sweep whose driver is killed, which goes on, and of which a trial is killed."""
     folder = tmp_path_factory.mktemp("sweep")
     training = make_tiny_training(sample_manifests, folder)
-    run = replace(training.run, num_workers=1, max_failures=0, mfu=False)
+    run = replace(training.run, num_workers=1, max_failures=0)
     # The cluster has room for two: the good one begins when one of the others has ended.
     sweep = SweepConfig(
         name="study",
