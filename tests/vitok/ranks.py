@@ -1,5 +1,6 @@
 """Run a function of a test on several ranks, each a process of its own."""
 
+import multiprocessing
 from collections.abc import Callable
 from pathlib import Path
 
@@ -9,7 +10,11 @@ import torch.distributed as dist
 
 def run_on_ranks(function: Callable[[Path], None], num_ranks: int, folder: Path) -> None:
     """Call a module's function with the folder on every rank of a gloo group."""
-    torch.multiprocessing.spawn(_run, (function, num_ranks, folder), nprocs=num_ranks)
+    # Ranks are forked from a process that has imported everything once.
+    multiprocessing.set_forkserver_preload(["tests.conftest", "torch._dynamo"])
+    torch.multiprocessing.start_processes(
+        _run, (function, num_ranks, folder), nprocs=num_ranks, start_method="forkserver"
+    )
 
 
 def _run(rank: int, function: Callable[[Path], None], num_ranks: int, folder: Path) -> None:

@@ -237,6 +237,11 @@ def test_a_row_without_images_has_a_loss_of_zero_and_no_gradient():
     assert torch.equal(output.tokens.grad, torch.zeros_like(output.tokens))
 
 
+def test_default_weights_are_those_of_the_paper():
+    weights = LossConfig()
+    assert (weights.charbonnier, weights.ssim, weights.dino, weights.lpips) == (1.0, 0.1, 0.0, 0.0)
+
+
 def test_presets_differ_from_the_default_in_dino_alone():
     for preset, weight in ((LossConfig.paper, 500.0), (LossConfig.perceptual, 1000.0)):
         assert preset("folder") == replace(LossConfig(), dino=weight, dino_weights="folder")

@@ -18,9 +18,16 @@ def random_images(sizes: Sequence[tuple[int, int]]) -> list[Tensor]:
     return [torch.rand(3, height, width) * 2 - 1 for height, width in sizes]
 
 
-@pytest.mark.parametrize("sizes", [[], [(1, 1)], [(8, 8), (17, 3)], [(9, 30), (1, 24), (16, 16)]])
-def test_layout_equals_one_made_by_loops(sizes):
-    row_tokens, max_images = 20, 4
+@settings(max_examples=60, deadline=None)
+@given(
+    sizes=st.lists(st.tuples(st.integers(1, 24), st.integers(1, 32)), max_size=4),
+    free_tokens=st.integers(0, 5),
+    free_slots=st.integers(0, 2),
+)
+@example(sizes=[], free_tokens=3, free_slots=1)
+def test_layout_equals_one_made_by_loops(sizes, free_tokens, free_slots):
+    row_tokens = sum(-(-height // 8) * -(-width // 8) for height, width in sizes) + free_tokens
+    max_images = max(1, len(sizes) + free_slots)
     packed = layout_of(
         sizes, patch_size=8, row_tokens=row_tokens, max_images=max_images, max_seqlen=12
     )

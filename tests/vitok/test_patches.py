@@ -178,14 +178,14 @@ def test_size_rule_refuses_what_has_no_size(arguments, sentence):
         fit_to_budget(height, width, patch_size=patch_size, token_budget=token_budget)
 
 
-@pytest.mark.parametrize(("height", "width", "patch_size"), [(8, 8, 4), (12, 4, 4), (3, 9, 3)])
-def test_patches_are_in_the_order_of_torch_unfold(height, width, patch_size):
-    image = torch.randn(3, height, width)
+@settings(max_examples=50, deadline=None)
+@given(rows=st.integers(1, 5), columns=st.integers(1, 5), patch_size=st.integers(1, 7))
+def test_patches_are_in_the_order_of_torch_unfold(rows, columns, patch_size):
+    image = torch.randn(3, rows * patch_size, columns * patch_size)
     patches, coordinates = patchify(image, patch_size)
 
     unfolded = F.unfold(image[None], patch_size, stride=patch_size)[0].T
     assert torch.equal(patches, unfolded)
-    rows, columns = height // patch_size, width // patch_size
     assert coordinates.dtype == torch.int32
     assert coordinates.tolist() == [[r, c] for r in range(rows) for c in range(columns)]
 
