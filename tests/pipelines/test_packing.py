@@ -108,6 +108,7 @@ def test_an_image_that_no_row_holds_is_named(length: int) -> None:
 )
 @example(lengths=[], num_rows=3, row_tokens=30, max_images=1)
 @example(lengths=[30, 30], num_rows=1, row_tokens=30, max_images=2)
+@example(lengths=[30, 1], num_rows=1, row_tokens=30, max_images=2)
 def test_even_rows_hold_every_image_once_within_limits_and_differ_by_one_image_at_most(
     lengths: list[int], num_rows: int, row_tokens: int, max_images: int
 ) -> None:
