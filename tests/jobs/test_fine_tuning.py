@@ -60,6 +60,7 @@ def fine_tuning(
             use_gpu=False,
             compute_dtype="float32",
             parallel=ParallelConfig(checkpoint_every=1),
+            mfu=False,
             log_every=1,
             max_failures=0,
         ),

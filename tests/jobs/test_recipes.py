@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from mlflow.tracking import MlflowClient
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from transformers import DINOv3ViTConfig, DINOv3ViTModel
@@ -21,18 +20,14 @@ from pipelines.ingest import load_step
 from pipelines.loop import Recipe, train_step
 from pipelines.packed_rows import StepRows
 from pipelines.plan import Stage
-from pipelines.runs import next_step
-from pipelines.tracking import TrackingConfig, tracking_uri
 from pipelines.train_autoencoder import (
     AutoencoderTraining,
     build_model,
     initialize,
-    load_autoencoder,
     plan_of,
     prepare,
     reconstruction_step,
     row_flops,
-    run_training,
 )
 from tests.conftest import tiny_model
 from vitok.autoencoder import Autoencoder, part_of
@@ -45,10 +40,6 @@ from vitok.optim import build_optimizer
 from vitok.parallel import prepare_blocks, shard_model
 from vitok.perceptual import LpipsTileLoss
 from vitok.variants import RELEASED, AutoencoderConfig
-
-# The ways through launch, workers and export; what else recipes differ in needs no cluster. Only
-# one of them shows that several workers agree; starting a second one takes seconds.
-THROUGH_RAY = {"quickstart": 1, "vitok-350m-f16x64": 2}
 
 
 @pytest.fixture(scope="module")
@@ -121,7 +112,7 @@ def shrink(
         run=replace(
             settings.run,
             storage=str(storage),
-            num_workers=THROUGH_RAY.get(settings.run.name, 1),
+            num_workers=1,
             cpus_per_worker=0.5,
             use_gpu=False,
             # Compiling takes minutes here; tests/vitok/test_parallel.py has what it changes.
@@ -132,51 +123,6 @@ def shrink(
         ),
         start=start,
     )
-
-
-@pytest.fixture(scope="module")
-def storage(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """One folder for all runs: MLflow takes seconds to make its database."""
-    return tmp_path_factory.mktemp("runs")
-
-
-@pytest.mark.parametrize("name", THROUGH_RAY)
-def test_recipe_trains_two_steps_through_ray_at_tiny_size(
-    ray_cluster: None,
-    name: str,
-    sample_manifests: tuple[Path, Path],
-    dino: Path,
-    weights: Path,
-    storage: Path,
-) -> None:
-    recipe = TRAINING[name]()
-    assert len(recipe.stages) == 2
-    settings = prepare(
-        shrink(recipe, sample_manifests, dino=dino, weights=weights, storage=storage)
-    )
-    export = run_training(settings)
-    assert next_step(settings.run.folder) == 2
-
-    run_id = json.loads(settings.run.folder.read_text("mlflow.json") or "")["run_id"]
-    client = MlflowClient(tracking_uri(TrackingConfig(), str(storage)))
-    assert client.get_run(run_id).info.status == "FINISHED"
-    weights = {"charbonnier": recipe.loss.charbonnier}
-    weights |= {"ssim_loss": recipe.loss.ssim} if recipe.loss.ssim else {}
-    weights |= {"dino": recipe.loss.dino} if recipe.loss.dino else {}
-    history = {}
-    for metric in ("loss", *weights):
-        points = sorted(client.get_metric_history(run_id, metric), key=lambda point: point.step)
-        assert [point.step for point in points] == [1, 2], metric
-        history[metric] = [point.value for point in points]
-        assert all(math.isfinite(value) and value > 0 for value in history[metric]), metric
-    for step in range(2):
-        total = sum(weight * history[term][step] for term, weight in weights.items())
-        assert history["loss"][step] == pytest.approx(total, rel=1e-4)
-    assert ("dino" in client.get_run(run_id).data.metrics) == bool(recipe.loss.dino)
-    assert [point.step for point in client.get_metric_history(run_id, "eval_psnr")] == [2]
-    model = load_autoencoder(export.uri)
-    assert model.config == settings.model
-    assert all(weight.isfinite().all() for weight in model.state_dict().values())
 
 
 class StandInLpips(nn.Module):

@@ -1,14 +1,15 @@
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from mlflow.tracking import MlflowClient
+from torch import nn
 
 from pipelines import train_autoencoder
 from pipelines.ingest import load_step
-from pipelines.plan import Stage
 from pipelines.runs import latest_checkpoint, next_step
 from pipelines.tracking import TrackingConfig, metric_history, tracking_uri
 from pipelines.train_autoencoder import (
@@ -20,33 +21,59 @@ from pipelines.train_autoencoder import (
     read_settings,
     run_training,
 )
+from tests.conftest import make_tiny_training
 from vitok.config import write_config
 
 
-def test_finished_run_is_recorded_exported_and_not_trained_again(
-    ray_cluster: None, tiny_training: AutoencoderTraining, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    tracking = TrackingConfig(upload_weights=True, registered_model="tiny")
-    tiny_training = replace(
-        tiny_training,
-        model=replace(tiny_training.model, latent="tanh"),
-        run=replace(tiny_training.run, tracking=tracking),
+@pytest.fixture(scope="module")
+def finished(
+    ray_cluster: None,
+    sample_manifests: tuple[Path, Path],
+    tiny_dino: nn.Module,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> AutoencoderTraining:
+    """A training of two workers that has come to its end."""
+    folder = tmp_path_factory.mktemp("finished")
+    tiny_dino.save_pretrained(folder / "dino")
+    settings = make_tiny_training(sample_manifests, folder)
+    settings = replace(
+        settings,
+        model=replace(settings.model, latent="tanh"),
+        loss=replace(settings.loss, dino=2.0, dino_weights=str(folder / "dino")),
+        run=replace(
+            settings.run,
+            mfu=True,
+            tracking=TrackingConfig(upload_weights=True, registered_model="tiny"),
+        ),
     )
-    prepare(tiny_training)
-    export = run_training(tiny_training)
-    run = tiny_training.run
+    settings = prepare(settings)
+    run_training(settings)
+    return settings
+
+
+def test_finished_run_is_recorded_exported_and_not_trained_again(
+    finished: AutoencoderTraining, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = finished.run
     assert next_step(run.folder) == 6
-    assert read_settings(run.folder) == tiny_training
+    assert read_settings(run.folder) == finished
+    export = run.folder.child("export")
     exported, trained = load_autoencoder(export.uri), load_autoencoder(run.folder.uri)
-    assert exported.config == tiny_training.model
+    assert exported.config == finished.model
     for name, weight in trained.state_dict().items():
         assert torch.equal(weight, exported.state_dict()[name]), name
 
     assert [step for step, _ in metric_history(run.folder, "eval_psnr")] == [4, 6]
     assert metric_history(run.folder, "eval_images")[0][1] == 5
-    for metric in ("charbonnier", "ssim_loss", "grad_norm", "lr", "tokens_per_s", "data_wait"):
+    for metric in ("grad_norm", "lr", "tokens_per_s", "mfu", "data_wait"):
         assert len(metric_history(run.folder, metric)) == 6, metric
     assert all(0 < value <= 1 for _, value in metric_history(run.folder, "token_utilisation"))
+    terms = {"loss": 1.0, "charbonnier": 1.0, "ssim_loss": 0.1, "dino": 2.0}
+    points = {name: [value for _, value in metric_history(run.folder, name)] for name in terms}
+    assert min(map(min, points.values())) > 0
+    for loss, *values in zip(*points.values(), strict=True):
+        weighted = [weight * x for weight, x in zip(list(terms.values())[1:], values, strict=True)]
+        assert loss == pytest.approx(sum(weighted), rel=1e-4)
     client = MlflowClient(tracking_uri(run.tracking, run.storage))
     record = client.get_run(json.loads(run.folder.read_text("mlflow.json") or "")["run_id"])
     assert record.info.status == "FINISHED"
@@ -59,8 +86,19 @@ def test_finished_run_is_recorded_exported_and_not_trained_again(
     assert any(image.path.endswith(".png") for image in images)
 
     monkeypatch.setattr(train_autoencoder, "_worker", None)  # would fail if it were started
-    assert run_training(tiny_training) == export
+    assert run_training(finished) == export
     assert len(metric_history(run.folder, "loss")) == 6
+
+
+def test_checkpoint_of_another_architecture_is_refused(
+    finished: AutoencoderTraining, tmp_path: Path
+) -> None:
+    shutil.copytree(finished.run.storage, tmp_path / "runs")
+    run = replace(finished.run, storage=str(tmp_path / "runs"))
+    other = replace(finished, model=replace(finished.model, latent_channels=8), run=run)
+    write_config(Path(run.folder.uri) / "config.json", other)
+    with pytest.raises(ValueError, match=r"another architecture: .* where the config says \(8"):
+        export_weights(other)
 
 
 def test_run_name_with_another_config_is_refused_with_the_difference(
@@ -102,7 +140,7 @@ def _on_damaged_corpus(settings: AutoencoderTraining, tmp_path: Path) -> Autoenc
     return replace(
         settings,
         data=replace(settings.data, manifest=manifest, eval_manifest=""),
-        run=replace(settings.run, max_failures=0),
+        run=replace(settings.run, num_workers=1, max_failures=0),
     )
 
 
@@ -120,18 +158,6 @@ def _damaged_manifest(settings: AutoencoderTraining, tmp_path: Path) -> Path:
     ]
     shards = write_shards(samples, tmp_path / "damaged", "damaged", 100)
     return build_manifest(shards, tmp_path / "damaged-manifest").path
-
-
-def test_checkpoint_of_another_architecture_is_refused(
-    ray_cluster: None, tiny_training: AutoencoderTraining
-) -> None:
-    short = replace(tiny_training, stages=(Stage(steps=1, images_per_step=4, token_budgets=(16,)),))
-    prepare(short)
-    run_training(short)
-    other = replace(short, model=replace(short.model, latent_channels=8))
-    write_config(Path(short.run.folder.uri) / "config.json", other)
-    with pytest.raises(ValueError, match=r"another architecture: .* where the config says \(8"):
-        export_weights(other)
 
 
 def test_half_written_checkpoint_is_never_chosen(tiny_training: AutoencoderTraining) -> None:
@@ -175,6 +201,7 @@ def test_gradient_that_is_not_finite_stops_before_the_optimizer_and_names_the_sa
         tiny_training,
         # Above the largest float32, the first step's weighted loss is infinite.
         loss=replace(tiny_training.loss, charbonnier=3e38, ssim=3e38),
+        run=replace(tiny_training.run, num_workers=1),
     )
     first_keys = load_step(plan_of(settings), 0)[0].keys
     with pytest.raises(RuntimeError, match=r"step 0: the gradient's norm is (nan|inf)") as error:
