@@ -15,6 +15,7 @@ from pipelines.corpus import Manifest
 from pipelines.evaluation.baselines import SHAPES, random_baseline
 from pipelines.mixture import Corpus
 from pipelines.plan import DataConfig, Plan, Stage
+from vitok import flops
 
 
 def test_attention_benchmark_ends_with_its_figures_as_json(
@@ -199,8 +200,12 @@ def test_utilisation_counts_real_tokens_of_rows_and_of_padded_batches(
 
 
 def test_training_benchmark_measures_the_step_in_memory_and_through_ray(
-    ray_cluster: None, sample_manifests: tuple[Path, Path], capsys: pytest.CaptureFixture[str]
+    ray_cluster: None,
+    sample_manifests: tuple[Path, Path],
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr(flops, "_MEASURED_S", 0.05)  # it is measured a dozen times
     threads = torch.get_num_threads()
     shards = [uri for uri in Manifest.load(sample_manifests[0]).uris]
     sizes = {"row-tokens": 64, "token-budget": 16, "steps": 3, "ray-steps": 4, "threads": 1}

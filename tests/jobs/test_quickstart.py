@@ -41,7 +41,7 @@ def tiny_quickstart() -> AutoencoderTraining:
             replace(base.stages[1], steps=1, images_per_step=4, token_budgets=(36,)),
         ),
         loss=replace(base.loss, ssim_tile=32),
-        run=replace(base.run, num_workers=1, log_every=1),
+        run=replace(base.run, num_workers=1, mfu=False, log_every=1),
     )
 
 
