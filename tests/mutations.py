@@ -245,8 +245,8 @@ MUTATIONS = (
     ),
     _patches(
         "white is not 1",
-        "/ 127.5 - 1.0",
-        "/ 128.0 - 1.0",
+        ".div_(127.5).sub_(1.0)",
+        ".div_(128.0).sub_(1.0)",
         "normalized_patches_are_exact_inside_the_image_and_gray_outside",
     ),
     Mutation(
