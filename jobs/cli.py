@@ -97,7 +97,12 @@ def judge(arguments: Sequence[str]) -> None:
     from pipelines.generation.judge import Judging
     from pipelines.generation.judge import judge as judge_set
 
-    settings = tyro.cli(Judging, args=arguments, prog="vitok judge")
+    settings = tyro.cli(
+        Judging,
+        args=arguments,
+        prog="vitok judge",
+        description="gFID, gFDD, Inception Score, precision and recall of generated images.",
+    )
     for name, quality in judge_set(settings).items():
         print(name)
         _print_table({key: str(value) for key, value in asdict(quality).items() if value != ""})
@@ -332,7 +337,12 @@ def _joint(arguments: Sequence[str]) -> Any:
 def _generation(arguments: Sequence[str]) -> Any:
     from pipelines.generation.generate import Generation
 
-    return tyro.cli(Generation, args=arguments, prog="vitok generate")
+    return tyro.cli(
+        Generation,
+        args=arguments,
+        prog="vitok generate",
+        description="Sample many images as WebDataset shards on Ray; go on where it was stopped.",
+    )
 
 
 def _sweep(arguments: Sequence[str]) -> Any:

@@ -10,6 +10,7 @@ import torch
 import tyro
 from PIL import Image
 
+from jobs import positional
 from pipelines.generation.flow_curves import Curve, best_for_compute, curve_of, draw_curves
 from pipelines.generation.generate import (
     Generation,
@@ -39,7 +40,7 @@ from vitok.storage import Folder
 
 
 def sample(
-    run: tyro.conf.Positional[str],
+    run: positional.Run,
     /,
     *,
     label: Annotated[tuple[int, ...], tyro.conf.arg(name="class")] = (),
@@ -120,7 +121,7 @@ def generate_set(settings: Generation) -> None:
 
 
 def curves(
-    runs: tyro.conf.Positional[tuple[str, ...]],
+    runs: positional.Runs,
     /,
     *,
     metric: str = "loss",
