@@ -11,8 +11,8 @@ from typing import Any
 
 import tyro
 
-from jobs import positional
-from jobs.command_lines import UsageError, lookup, read_recipe, sub_command
+from jobs import configs, positional
+from jobs.command_lines import UsageError, lookup, sub_command
 from pipelines.failures import Preempted, root_cause
 
 
@@ -46,7 +46,7 @@ def train(arguments: Sequence[str]) -> None:
     from cluster.local import ray_session
     from pipelines.train_autoencoder import prepare, run_training
 
-    settings = prepare(_training(arguments))
+    settings = prepare(configs.training(arguments))
     with ray_session():
         export = run_training(settings)
     print(f"run: {settings.run.folder.uri}\nweights: {export.uri}")
@@ -61,7 +61,7 @@ def sweep(arguments: Sequence[str]) -> None:
     if arguments and arguments[0] == "report":
         tyro.cli(report, args=arguments[1:], prog="vitok sweep report")
         return
-    settings = _sweep(arguments)
+    settings = configs.sweep(arguments)
     print(format_costs(settings, costs_of(settings)), flush=True)
     if settings.dry_run:
         return
@@ -79,7 +79,7 @@ def flow(arguments: Sequence[str]) -> None:
     from cluster.local import ray_session
     from pipelines.train_flow import prepare, run_training
 
-    settings = prepare(_flow(arguments))
+    settings = prepare(configs.flow(arguments))
     with ray_session():
         run = run_training(settings)
     print(f"run: {run.uri}")
@@ -120,14 +120,14 @@ def joint(arguments: Sequence[str]) -> None:
     """generators of several sizes on several autoencoders: a metric against operations"""
     from jobs import flow
 
-    flow.run_joint(_joint(arguments))
+    flow.run_joint(configs.joint(arguments))
 
 
 def generate(arguments: Sequence[str]) -> None:
     """many images of a generator as shards; goes on where it was stopped"""
     from jobs import flow
 
-    flow.generate_set(_generation(arguments))
+    flow.generate_set(configs.generation(arguments))
 
 
 def evaluate(arguments: Sequence[str]) -> None:
@@ -139,7 +139,7 @@ def evaluate(arguments: Sequence[str]) -> None:
     from pipelines.evaluation.report import REPORT, log_to_runs, write_results
     from pipelines.reading.shards import local_folder
 
-    settings = _evaluation(arguments)
+    settings = configs.evaluation(arguments)
     out = local_folder(settings.out)
     with ray_session() if settings.num_workers else nullcontext():
         result = run_evaluation(settings, lambda found: write_results(settings, found, out))
@@ -159,7 +159,7 @@ def encode(arguments: Sequence[str]) -> None:
     """encode a corpus into a latent cache by a recipe; goes on where it was stopped"""
     from jobs.latents import run_encoding
 
-    run_encoding(_caching(arguments))
+    run_encoding(configs.caching(arguments))
 
 
 def reconstruct(arguments: Sequence[str]) -> None:
@@ -274,7 +274,7 @@ def submit(arguments: Sequence[str]) -> None:
     """run train, flow, joint, generate, sweep, encode or evaluate as a job on a Ray cluster"""
     from jobs.submit import submit as submit_job
 
-    submit_job(arguments, SUBMITTED)
+    submit_job(arguments, configs.SUBMITTED)
 
 
 def jobs(arguments: Sequence[str]) -> None:
@@ -297,70 +297,6 @@ def doctor(arguments: Sequence[str]) -> None:
 
     tyro.cli(examine, args=arguments, prog="vitok doctor")
 
-
-def _training(arguments: Sequence[str]) -> Any:
-    from jobs.recipes import TRAINING
-
-    return read_recipe(TRAINING, arguments, "train")
-
-
-def _encoding(arguments: Sequence[str]) -> Any:
-    from jobs.encoding import ENCODING
-
-    return read_recipe(ENCODING, arguments, "encode")
-
-
-def _caching(arguments: Sequence[str]) -> Any:
-    from pipelines.caching.config import complete
-
-    return complete(_encoding(arguments))
-
-
-def _evaluation(arguments: Sequence[str]) -> Any:
-    from jobs.evaluations import EVALUATIONS
-
-    return read_recipe(EVALUATIONS, arguments, "evaluate")
-
-
-def _flow(arguments: Sequence[str]) -> Any:
-    from jobs.flow_recipes import FLOWS
-
-    return read_recipe(FLOWS, arguments, "flow")
-
-
-def _joint(arguments: Sequence[str]) -> Any:
-    from jobs.flow_recipes import JOINTS
-
-    return read_recipe(JOINTS, arguments, "joint")
-
-
-def _generation(arguments: Sequence[str]) -> Any:
-    from pipelines.generation.generate import Generation
-
-    return tyro.cli(
-        Generation,
-        args=arguments,
-        prog="vitok generate",
-        description="Sample many images as WebDataset shards on Ray; go on where it was stopped.",
-    )
-
-
-def _sweep(arguments: Sequence[str]) -> Any:
-    from jobs.sweep_recipes import SWEEPS
-
-    return read_recipe(SWEEPS, arguments, "sweep")
-
-
-# What `vitok submit` takes: the config that a command line asks for.
-SUBMITTED: dict[str, Callable[[Sequence[str]], Any]] = {
-    "train": _training,
-    "flow": _flow,
-    "joint": _joint,
-    "generate": _generation,
-    "sweep": _sweep,
-    "encode": _encoding,
-    "evaluate": _evaluation,
-}
 
 COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
     "quickstart": quickstart,

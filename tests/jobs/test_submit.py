@@ -8,7 +8,8 @@ import pytest
 import yaml
 
 from jobs import remote, submit
-from jobs.cli import COMMANDS, SUBMITTED, main
+from jobs.cli import COMMANDS, main
+from jobs.configs import SUBMITTED
 from jobs.recipes import TRAINING
 from pipelines.failures import Preempted
 
