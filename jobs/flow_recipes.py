@@ -193,7 +193,7 @@ def joint_quickstart() -> JointScaling:
             squares=base.eval_size[:1],
         ),
         training=replace(base, steps=200, run=run),
-        smooth=1,
+        smooth=10,
     )
 
 
