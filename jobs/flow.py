@@ -87,6 +87,8 @@ def sample(
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     generator = Generator.load(folder, autoencoder, device, getattr(torch, dtype))
     model, statistics = generator.training.model, read_statistics(folder)
+    if label and not model.num_classes:
+        raise ValueError("the model learned no classes; leave --class out")
     if wrong := [one for one in label if not -1 <= one < model.num_classes]:
         raise ValueError(f"class {wrong[0]} is none of the run's: 0 to {model.num_classes - 1}")
     embedded: list[torch.Tensor | None] = [None]

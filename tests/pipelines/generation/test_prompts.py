@@ -193,6 +193,8 @@ def test_generators_of_classes_and_of_texts_alone_name_what_they_lack(
     write_checkpoint(texts)
     said = complaint(["--model", texts.run.folder.uri, *out], capsys)
     assert "the model learned texts and no classes; give captions" in said
+    assert main(["sample", texts.run.folder.uri, "--class", "3"]) == 1
+    assert "the model learned no classes; leave --class out" in capsys.readouterr().err
     other = replace(generation, model=run_of_texts.run.folder.uri, captions=classes.cache)
     with pytest.raises(ValueError, match="holds no texts"):
         requests_of(other)
