@@ -83,8 +83,8 @@ def test_pca_reference_is_the_best_linear_code_of_that_many_channels(
             results.append(judge("", image, unpatchify(coded, tuple(image.shape[1:]), 16), 16))
     found = pca_figures(train, held_out, model, 64)
     assert len(results) == 5
-    assert found["pca_psnr"] == pytest.approx(np.mean([r.psnr for r in results]), abs=1e-3)
-    assert found["pca_ssim"] == pytest.approx(np.mean([r.ssim for r in results]), abs=1e-4)
+    assert found["pca_psnr"] == pytest.approx(np.mean([r.metrics.psnr for r in results]), abs=1e-3)
+    assert found["pca_ssim"] == pytest.approx(np.mean([r.metrics.ssim for r in results]), abs=1e-4)
 
 
 def photographs_of_one_colour(count: int) -> list[np.ndarray]:

@@ -105,6 +105,7 @@ HELPS = [
     *([name] for name in ("quickstart", "reconstruct", "models", "ui")),
     *([name] for name in ("sample", "generate", "judge", "curves")),
     ["flow", "flow-quickstart"],
+    ["joint", "quickstart"],
     ["export"],
     # The other recipes have the same fields.
     *(["train", name] for name in ("quickstart", "finetune-350m-f16x64-decoder")),

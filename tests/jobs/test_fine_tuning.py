@@ -289,7 +289,7 @@ def test_export_refuses_what_it_cannot_do_in_one_sentence(
 ) -> None:
     status, said = run_export(capsys, tiny_weights, tmp_path / "out")
     assert status == 1
-    assert f"{tiny_weights}/config.json is no AutoencoderTraining" in said
+    assert f"{tiny_weights} is no run; give the run of an autoencoder" in said
     status, said = run_export(capsys, tmp_path / "nothing", tmp_path / "out")
     assert (status, f"{tmp_path}/nothing holds no run" in said) == (1, True)
     before = (tiny_weights / "decoder.safetensors").read_bytes()

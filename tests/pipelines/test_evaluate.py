@@ -361,7 +361,10 @@ def test_lpips_compares_whole_images(
         ({"timeout_s": 0.0}, "timeout_s and cpus_per_worker must be above 0"),
         ({"benchmark": "imagenet"}, "benchmark='imagenet' is none of imagenet-256p, div8k"),
         ({"subjects": ("a", "a")}, "the subjects a, a need different names; add name="),
-        ({"subjects": ("a,windw=8",)}, "a,windw=8 is no SubjectSpec: windw"),
+        (
+            {"subjects": ("a,windw=8",)},
+            "a,windw=8: 'windw=8' is no option; write option=value, of name",
+        ),
         ({"subjects": ("a,window",)}, "'window' is no option; write option=value"),
         ({"subjects": ("jpeg,window=8",)}, "are for our models, and jpeg is none"),
         ({"subjects": ("sd-vae,bits_per_pixel=8",)}, "sd-vae is neither jpeg nor webp"),
