@@ -210,6 +210,9 @@ class Outbox:
             with self.noting_failure(lane):
                 num_sent = 0
                 for spool in spools:
+                    # Its writer may have sent some of it since the server was last asked.
+                    if spool is not self._own and spool.is_waiting(lane):
+                        self._server.forget()
                     while entries := _next_entries(spool, lane):
                         self._send(spool, entries)
                         spool.settle(lane, entries)

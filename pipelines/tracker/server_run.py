@@ -113,10 +113,7 @@ class ServerRun:
             for name, value in entry["tags"].items():
                 self.client.set_tag(self.run_id, name, value)
         elif entry["kind"] == "status":
-            if entry["status"] == "RUNNING":
-                self.client.update_run(self.run_id, status="RUNNING")
-            else:
-                self.client.set_terminated(self.run_id, entry["status"], entry["time_ms"])
+            self._set_status(entry["status"], entry["time_ms"])
         elif entry["kind"] == "model":
             self._register(entry)
         elif not (path := spool.file_of(entry)).exists():
@@ -125,6 +122,14 @@ class ServerRun:
             self.client.log_artifacts(self.run_id, str(path), entry["name"])
         else:
             self._send_image(entry, path)
+
+    def _set_status(self, status: str, time_ms: int) -> None:
+        if status != "RUNNING":
+            self.client.set_terminated(self.run_id, status, time_ms)
+        # Not said of a run that runs: a busy server may carry out a request long after we have
+        # given it up, and a short run would then have ended before it began.
+        elif self.client.get_run(self.run_id).info.status != status:
+            self.client.update_run(self.run_id, status=status)
 
     def send_files(self, path: Path, name: str) -> None:
         """Write a file or the files of a folder; what is there already is replaced."""

@@ -217,7 +217,7 @@ def test_a_submitted_training_is_killed_and_resubmitted_and_everything_can_be_re
     client = MlflowClient(state.mlflow)
     (experiment,) = [e for e in client.search_experiments() if e.name == "vitok"]
     (run,) = client.search_runs([experiment.experiment_id])
-    assert run.info.status == "FINISHED"
+    assert run.info.status == "FINISHED", said
     losses = metric_history(folder, "loss")
     assert [step for step, _ in losses] == list(range(1, STEPS + 1))
     weights = [file.path for file in client.list_artifacts(run.info.run_id, "weights")]

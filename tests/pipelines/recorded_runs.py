@@ -81,7 +81,8 @@ def check_losses(settings: AutoencoderTraining) -> dict[str, torch.Tensor]:
     """Compare the recorded losses with a plain training's, and return its final weights."""
     losses, weights = train_plainly(replace(settings, run=RunConfig(name="plain")))
     recorded = metric_history(settings.run.folder, "loss")
-    assert [step for step, _ in recorded] == list(range(1, len(losses) + 1)), "once a step"
+    steps = [step for step, _ in recorded]
+    assert steps == list(range(1, len(losses) + 1)), f"not once a step: {steps}"
     torch.testing.assert_close([value for _, value in recorded], losses, rtol=2e-4, atol=0)
     return weights
 

@@ -318,11 +318,7 @@ def test_metric_is_written_once_at_a_step(storage: Path, tmp_path: Path) -> None
     assert sorted(points_of(storage, run_id, "other")) == [(s, float(s)) for s in (3, 5, 6, 7)]
 
 
-def test_kill_between_a_write_and_its_acknowledgement_doubles_nothing(
-    storage: Path, tmp_path: Path
-) -> None:
-    run_id = use_run(storage, "killed", {}, step=0)
-    script = """
+KILLED_AFTER_A_WRITE = """
 import os, signal, sys
 import numpy as np
 from mlflow.tracking import MlflowClient
@@ -343,15 +339,21 @@ for step in (1, 2, 3):
     tracker.log_metrics({"loss": float(step), "other": 0.5}, step)
 tracker.close()
 """
+
+
+def test_kill_between_a_write_and_its_acknowledgement_doubles_nothing(
+    storage: Path, tmp_path: Path
+) -> None:
+    run_id = use_run(storage, "killed", {}, step=0)
     where = [uri_of(storage), run_id, str(tmp_path)]
-    run_killed(script, "log_batch", *where)
+    run_killed(KILLED_AFTER_A_WRITE, "log_batch", *where)
     assert points_of(storage, run_id, "loss"), "it was written"
     assert len(list(unsent(tmp_path / run_id))) == 3, "and not acknowledged"
     tracker = Tracker(*where)
     assert tracker.last_step("loss") == 3
     tracker.log_metrics({"loss": 4.0}, 4)
     tracker.close()
-    run_killed(script, "log_image", *where)
+    run_killed(KILLED_AFTER_A_WRITE, "log_image", *where)
     assert len(images_of(storage, run_id)) == 1
     assert (tmp_path / run_id).iterdir()
     Tracker(*where).close()
@@ -359,6 +361,38 @@ tracker.close()
     assert points_of(storage, run_id, "other") == [(s, 0.5) for s in (1, 2, 3)]
     assert len(images_of(storage, run_id)) == 1
     assert list((tmp_path / run_id).iterdir()) == []
+
+
+def test_writer_that_is_killed_beside_another_one_doubles_nothing(
+    storage: Path, tmp_path: Path
+) -> None:
+    run_id = use_run(storage, "beside", {}, step=0)
+    where = [uri_of(storage), run_id, str(tmp_path)]
+    driver = Tracker(*where)
+    driver.log_metrics({"load": 1.0}, 1)  # from now on it knows what the server has
+    driver.flush()
+    run_killed(KILLED_AFTER_A_WRITE, "log_batch", *where)
+    assert points_of(storage, run_id, "loss"), "it was written"
+    assert list(unsent(tmp_path / run_id)), "and not acknowledged"
+    driver.close()
+    assert points_of(storage, run_id, "loss") == [(s, float(s)) for s in (1, 2, 3)]
+    assert points_of(storage, run_id, "other") == [(s, 0.5) for s in (1, 2, 3)]
+
+
+def test_run_that_runs_is_not_told_so(storage: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[str] = []
+    update = MlflowClient.update_run
+
+    def update_run(client: MlflowClient, run_id: str, status: str) -> None:
+        told.append(status)
+        update(client, run_id, status)
+
+    monkeypatch.setattr(MlflowClient, "update_run", update_run)
+    use_run(storage, "told", {"loss": 1.0}, step=1)
+    assert told == [], "a new run runs"
+    run_id = use_run(storage, "told", {"loss": 2.0}, step=2)
+    assert told == ["RUNNING"], "one that had ended is told once"
+    assert record_of(storage, run_id).info.status == "FINISHED"
 
 
 def test_disk_that_is_full_costs_a_warning_and_no_metric(
