@@ -1,4 +1,4 @@
-"""`vitok sample`: a sheet of generated images, or a whole set of them as shards."""
+"""`vitok sample`, `generate`, `curves` and `joint`: what generators make, and how they compare."""
 
 import time
 from collections.abc import Sequence

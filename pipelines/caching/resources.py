@@ -1,4 +1,4 @@
-"""What the steps of encoding get of a cluster: cores, GPUs, and who goes first on a core."""
+"""What the steps of encoding get of a cluster: cores, GPUs, and how many of each step run."""
 
 from dataclasses import dataclass
 
