@@ -98,7 +98,8 @@ def finish_cache(
     """
     cache = Folder(settings.out)
     if cache.is_local:
-        cache.child(UNITS).remove_unfinished()
+        for folder in (cache, cache.child(UNITS)):
+            folder.remove_unfinished()
     records = read_records(cache, [name_of(identity, source, unit) for unit in units])
     _check_unreadable(settings, source, units, records)
     sources = [source_of(source, unit) for unit in units]

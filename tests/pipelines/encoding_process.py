@@ -49,3 +49,11 @@ def files_of(cache: str) -> dict[str, bytes]:
     """Every file of a folder with its bytes, by its path in the folder."""
     root = Path(cache)
     return {str(p.relative_to(root)): p.read_bytes() for p in root.rglob("*") if p.is_file()}
+
+
+def differing(one: str, other: str) -> list[str]:
+    """Names of the files that are not the same in two folders."""
+    first, second = files_of(one), files_of(other)
+    return sorted(
+        name for name in first.keys() | second.keys() if first.get(name) != second.get(name)
+    )

@@ -22,7 +22,7 @@ from pipelines.latents import LatentCache
 from pipelines.reading.decode import decode_rgb
 from pipelines.train_autoencoder import load_autoencoder
 from tests.conftest import tiny_model
-from tests.pipelines.encoding_process import encode_all, files_of
+from tests.pipelines.encoding_process import differing, encode_all, files_of
 from tests.vitok.text_encoders import save_text_encoder
 from vitok.autoencoder import Autoencoder
 from vitok.initialize import start_at_random
@@ -201,8 +201,7 @@ def test_job_goes_on_where_it_was_stopped_with_the_bytes_of_one_process(
     ray_cluster: None, caching: LatentCaching, tmp_path: Path, one_thread: None
 ) -> None:
     encode_all(caching)
-    alone = files_of(caching.out)
-    assert len(alone) == 3 + 2 * 3
+    assert len(files_of(caching.out)) == 3 + 2 * 3
     cache = LatentCache(caching.out, encoder_digest(load_autoencoder(caching.model)))
     source = Manifest.load(caching.manifest)
     records = source.records(np.arange(source.num_samples))
@@ -218,12 +217,13 @@ def test_job_goes_on_where_it_was_stopped_with_the_bytes_of_one_process(
     (units / f"{second}.json").unlink()
     (units / f"{second}.safetensors").rename(units / f"{second}.safetensors.part")
     (units / f"{second}.safetensors.part").write_bytes(b"half")
+    (Path(other.out) / "manifest.json.part").write_bytes(b"half")
     with pytest.raises(FileNotFoundError, match="goes on where it was stopped"):
         LatentCache(other.out)
     before = times_of(other.out)
     manifest = cache_latents(other)
     assert manifest.num_units == 3
-    assert files_of(other.out) == alone
+    assert differing(other.out, caching.out) == []
     after = times_of(other.out)
     kept = {name for name in after if before.get(name) == after[name]}
     assert kept == {f"{third}.json", f"{third}.safetensors"}, "encoded again: what was missing"
@@ -266,9 +266,7 @@ def test_shards_that_are_added_extend_the_cache(
     assert second.manifest.source_digest == more.digest
     whole = replace(growing, manifest=str(more.path), out=str(tmp_path / "whole"))
     encode_all(whole)
-    grown = files_of(growing.out)
-    old_index = [name for name in grown if name == first.manifest.index]
-    assert {k: v for k, v in grown.items() if k not in old_index} == files_of(whole.out)
+    assert differing(growing.out, whole.out) == [first.manifest.index]
     assert verify_here(growing.out).bad == []
 
 
@@ -421,7 +419,7 @@ def test_unreadable_samples_are_recorded_and_too_many_fail_with_their_names(
     assert found.text_encoder == damaged.text_encoder
     alone = replace(damaged, out=str(tmp_path / "alone"))
     encode_all(alone)
-    assert files_of(alone.out) == files_of(damaged.out)
+    assert differing(alone.out, damaged.out) == []
 
 
 @pytest.mark.parametrize(
