@@ -12,7 +12,7 @@ from typing import Any
 import tyro
 
 from jobs import configs, positional
-from jobs.command_lines import UsageError, lookup, sub_command
+from jobs.command_lines import UsageError, choose, lookup, sub_command
 from pipelines.failures import Preempted, root_cause
 
 
@@ -265,9 +265,10 @@ def latents(arguments: Sequence[str]) -> None:
 
 def bench(arguments: Sequence[str]) -> None:
     """benchmarks; JSON on the last line"""
-    from jobs.bench import BENCHMARKS
+    from jobs.bench import BENCHMARKS, load_benchmark
 
-    sub_command("bench", BENCHMARKS, arguments)
+    name, rest = choose("bench", BENCHMARKS, arguments)
+    tyro.cli(load_benchmark(name), args=rest, prog=f"vitok bench {name}")
 
 
 def submit(arguments: Sequence[str]) -> None:

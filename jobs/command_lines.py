@@ -41,15 +41,27 @@ def sub_command(
     command: str, functions: dict[str, Callable[..., None]], arguments: Sequence[str]
 ) -> None:
     """Run one of a family of functions by its name; the rest of the command line is its own."""
+    summaries = {name: (f.__doc__ or "").splitlines()[0] for name, f in functions.items()}
+    name, rest = choose(command, summaries, arguments)
+    tyro.cli(functions[name], args=rest, prog=f"vitok {command} {name}")
+
+
+def choose(
+    command: str, summaries: dict[str, str], arguments: Sequence[str]
+) -> tuple[str, list[str]]:
+    """Return which of a family of commands is meant, and its own arguments; lists them if asked.
+
+    Raises:
+        UsageError: there is none of the name; says which is near.
+    """
     if not arguments or arguments[0] in ("-h", "--help"):
         print(f"usage: vitok {command} NAME [ARGUMENTS]\n")
-        for name, function in functions.items():
-            print(f"  {name:<12} {(function.__doc__ or '').splitlines()[0]}")
+        for name, summary in summaries.items():
+            print(f"  {name:<12} {summary}")
         raise SystemExit(0 if arguments else 2)
     name, *rest = arguments
-    tyro.cli(
-        lookup(functions, name, f"{command} command"), args=rest, prog=f"vitok {command} {name}"
-    )
+    lookup(summaries, name, f"{command} command")
+    return name, rest
 
 
 def lookup(table: dict[str, Any], name: str, kind: str) -> Any:

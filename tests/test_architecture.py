@@ -38,7 +38,9 @@ def imported_names(tree: ast.Module) -> Iterator[str]:
         elif isinstance(node, ast.Call) and ast.unparse(node.func).endswith(
             ("import_module", "__import__")
         ):
-            yield ast.literal_eval(node.args[0])
+            # Of a name that is put together, the beginning must be there to read.
+            name = node.args[0]
+            yield ast.literal_eval(name.values[0] if isinstance(name, ast.JoinedStr) else name)
 
 
 def unsafe_calls(tree: ast.Module) -> Iterator[str]:

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from jobs.photographs import decode_photographs, sample_patches
+from jobs.bench.photographs import decode_photographs, sample_patches
 from pipelines.caching.latent_corpus import LatentCorpus
 from pipelines.caching.units import LatentRow
 from pipelines.corpus import Manifest

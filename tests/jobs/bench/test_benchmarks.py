@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch import nn
 
-from jobs import bench_all
 from jobs.bench import BENCHMARKS
-from jobs.bench_inference import Case, growth
-from jobs.bench_ingest import utilisation
+from jobs.bench import all as bench_all
+from jobs.bench.inference import Case, growth
+from jobs.bench.ingest import utilisation
 from jobs.cli import main
 from pipelines.corpus import Manifest
 from pipelines.evaluation.baselines import SHAPES, random_baseline

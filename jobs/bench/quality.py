@@ -17,8 +17,10 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from jobs.bench_ingest import SAMPLE_VARIABLE
-from jobs.photographs import Crops, decode_photographs, sample_patches
+from jobs.bench.data import SAMPLE_VARIABLE
+from jobs.bench.output import finish
+from jobs.bench.photographs import Crops, decode_photographs, sample_patches
+from jobs.bench.quality_recipe import QualityRecipe, ten_minutes_on_two_cores
 from jobs.sample_corpus import make_sample_corpus
 from pipelines.corpus import Manifest, build_manifest, expand_shards
 from pipelines.loop import Recipe, train_step
@@ -31,7 +33,6 @@ from pipelines.reconstruction import (
     summarize,
 )
 from vitok.autoencoder import Autoencoder, Reconstruction
-from vitok.config import config
 from vitok.flops import training_flops
 from vitok.initialize import (
     attend_to_neighbors,
@@ -40,59 +41,13 @@ from vitok.initialize import (
     start_from_pca,
 )
 from vitok.losses import sum_of_image_means
-from vitok.optim import OptimConfig, build_optimizer, learning_rate
+from vitok.optim import build_optimizer, learning_rate
 from vitok.packed import PackedTokens
 from vitok.parallel import ParallelConfig, prepare_blocks, shard_model
 from vitok.variants import AutoencoderConfig
 
 _NUM_PICTURES = 8
 _REPORT_S = 20.0
-
-
-@config
-class QualityRecipe:
-    """How an autoencoder is trained in little time, by the mean squared error of its pixels.
-
-    The share of the time that is gone stands for the share of images where a schedule asks for it.
-
-    Attributes:
-        optim: optimizer and learning rate.
-        row_tokens: tokens of the one row that every worker does in a step.
-        crop_patches: side of the square crops of the first part, in patches.
-        whole_from: from this share of the time on, images are whole.
-        token_budget: patches of a whole image, in training and in evaluation.
-        neighbors: let the attention heads start with looking at neighbouring patches.
-        compile: compile the blocks, which costs half a minute at the start.
-        compute_dtype: of forward and backward pass.
-        seed: of weights, order and crops.
-    """
-
-    optim: OptimConfig
-    row_tokens: int = 1024
-    crop_patches: int = 8
-    whole_from: float = 0.8
-    token_budget: int = 256
-    neighbors: bool = True
-    compile: bool = True
-    compute_dtype: str = "bfloat16"
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        if max(self.token_budget, self.crop_patches**2) > self.row_tokens:
-            raise ValueError(
-                f"row_tokens={self.row_tokens} must hold a whole image of {self.token_budget} "
-                f"tokens and a crop of {self.crop_patches**2}; raise it"
-            )
-
-
-def ten_minutes_on_two_cores() -> QualityRecipe:
-    """The best of the recipes in docs/benchmarks.md for an f16x16 autoencoder of width 256.
-
-    Two CPU cores with bf16 instructions (AVX-512), 700 photographs. Eager, with a worker on each
-    core: 25.02 dB, SSIM .675; a PCA to as many channels has 23.79 dB. Compiled, in one process: not
-    measured.
-    """
-    return QualityRecipe(optim=OptimConfig(lr=3e-3, weight_decay=0.0, warmup=0.05))
 
 
 @dataclass(frozen=True)
@@ -109,6 +64,75 @@ class _Task:
     picture: str
     quiet: bool
     folder: str
+
+
+def run(
+    minutes: float = 10.0,
+    train_shards: tuple[str, ...] = (),
+    eval_shards: tuple[str, ...] = (),
+    width: int = 256,
+    heads: int = 4,
+    encoder_depth: int = 2,
+    decoder_depth: int = 4,
+    patch_size: int = 16,
+    latent_channels: int = 16,
+    workers: int = 1,
+    max_steps: int = 0,
+    picture: str = "",
+    json: bool = False,
+) -> None:
+    """PSNR and SSIM on held-out photographs after a few minutes of training, beside those of a PCA.
+
+    Args:
+        minutes: from the start of the workers to the end of the last step.
+        train_shards: WebDataset shards: files, folders, globs or URIs; if empty seven eighths of
+            those that the environment variable VITOK_SAMPLE names, else the quickstart's corpus.
+        eval_shards: held-out shards; the other eighth if empty. Whole images at 256 tokens.
+        width: channels of the encoder's and the decoder's tokens.
+        heads: attention heads of both.
+        encoder_depth: blocks of the encoder.
+        decoder_depth: blocks of the decoder.
+        patch_size: pixels along each side of a patch.
+        latent_channels: channels of a patch's latent, which is normalised by LayerNorm.
+        workers: processes that train together and share the cores.
+        max_steps: end after so many steps, which the schedule then follows too; 0 for no such end.
+        picture: PNG file for originals, reconstructions and error maps; none if empty.
+        json: print the JSON alone.
+    """
+
+    def show(line: str) -> None:
+        if not json:
+            print(line, flush=True)
+
+    model = AutoencoderConfig(
+        patch_size=patch_size,
+        latent_channels=latent_channels,
+        encoder_width=width,
+        encoder_depth=encoder_depth,
+        encoder_heads=heads,
+        decoder_width=width,
+        decoder_depth=decoder_depth,
+        decoder_heads=heads,
+    )
+    figures = measure_quality(
+        model=model,
+        recipe=ten_minutes_on_two_cores(),
+        train_shards=train_shards,
+        eval_shards=eval_shards,
+        minutes=minutes,
+        max_steps=max_steps,
+        num_workers=workers,
+        picture=picture,
+        quiet=json,
+    )
+    show(f"PSNR {figures['psnr']:.2f} dB, SSIM {figures['ssim']:.4f}")
+    show(
+        f"a PCA of the patches to {latent_channels} channels: "
+        f"PSNR {figures['pca_psnr']:.2f} dB, SSIM {figures['pca_ssim']:.4f}"
+    )
+    show(f"{figures['steps']} steps, {figures['tokens_per_s']:.0f} tokens/s")
+    rounded = {k: round(v, 5) if isinstance(v, float) else v for k, v in figures.items()}
+    finish("quality", {"minutes": minutes, **rounded}, threads=workers)
 
 
 def measure_quality(

@@ -3,29 +3,27 @@
 import io
 import os
 import statistics
-import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import simplejpeg
+import torch
 from PIL import Image
 
 from cluster.local import ray_session
-from jobs.sample_corpus import make_sample_corpus
+from jobs.bench.data import indexed_shards
+from jobs.bench.output import finish, rounded
 from pipelines import ingest
-from pipelines.corpus import Manifest, build_manifest
 from pipelines.ingest import object_store_bytes
 from pipelines.mixture import Corpus
 from pipelines.packed_rows import iterate_steps
 from pipelines.plan import DataConfig, Plan, SampleView, Stage
 from pipelines.reading.decode import decode_rgb
 
-SAMPLE_VARIABLE = "VITOK_SAMPLE"
 _PATCH_SIZE = 16
 # Before the images through Ray are timed, so large a part of them starts the workers.
 _WARM_UP = 0.25
@@ -44,6 +42,49 @@ class Utilisation:
 
     packed: float
     padded: float
+
+
+def run(
+    shards: tuple[str, ...] = (),
+    token_budgets: tuple[int, ...] = (256,),
+    packed_budgets: tuple[int, ...] = (64, 128, 256, 512, 1024),
+    packed_images: int = 8192,
+    images_per_step: int = 256,
+    row_tokens: int = 8192,
+    num_images: int = 0,
+    ray_images: int = 8192,
+    repeats: int = 5,
+    json: bool = False,
+) -> None:
+    """Images/s from bare decoding to packed rows in one process, and through Ray; utilisation.
+
+    Args:
+        shards: WebDataset shards: files, folders, globs or URIs; those that the environment
+            variable VITOK_SAMPLE names if empty, else the corpus of the quickstart.
+        token_budgets: token budgets of the crops that are decoded.
+        packed_budgets: token budgets of the training stream whose utilisation is planned.
+        packed_images: images of a step of that stream.
+        images_per_step: images that are decoded and packed together.
+        row_tokens: tokens of a packed row.
+        num_images: images of a pass in one process; one epoch if 0.
+        ray_images: images through Ray, on all cores; 0 leaves Ray out.
+        repeats: timed passes in one process, on one thread; the median counts.
+        json: print the JSON alone.
+    """
+
+    torch.set_num_threads(1)
+    figures = measure_ingest(
+        shards=shards,
+        token_budgets=token_budgets,
+        packed_budgets=packed_budgets,
+        packed_images=packed_images,
+        images_per_step=images_per_step,
+        row_tokens=row_tokens,
+        num_images=num_images,
+        ray_images=ray_images,
+        repeats=repeats,
+    )
+    finish("ingest", rounded(figures, quiet=json), threads=1)
 
 
 def measure_ingest(
@@ -100,18 +141,6 @@ def utilisation(plan: Plan) -> Utilisation:
         row_tokens += len(rows) * plan.data.row_tokens
         padded_tokens += int(budgets[np.searchsorted(budgets, lengths)].sum())
     return Utilisation(packed=tokens / row_tokens, padded=tokens / padded_tokens)
-
-
-@contextmanager
-def indexed_shards(shards: Sequence[str]) -> Iterator[Manifest]:
-    """Index the shards, those of the environment variable, or those of the quickstart."""
-    shards = shards or [os.environ[SAMPLE_VARIABLE]] if SAMPLE_VARIABLE in os.environ else shards
-    with tempfile.TemporaryDirectory(prefix="vitok-bench-") as folder:
-        if shards:
-            manifest = build_manifest(shards, Path(folder) / "manifest")
-        else:
-            manifest = Manifest.load(make_sample_corpus(Path(folder) / "corpus")[0])
-        yield manifest
 
 
 def _one_process(plan: Plan, repeats: int) -> dict[str, float]:

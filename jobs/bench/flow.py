@@ -1,5 +1,6 @@
 """Benchmark of flow training: the step, the loop through Ray, and what the latent cache saves."""
 
+import os
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -12,13 +13,16 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 
 from cluster.local import ray_session
-from jobs.bench_ingest import indexed_shards
-from jobs.bench_train import (
+from jobs.bench.data import indexed_shards
+from jobs.bench.output import finish, rounded
+from jobs.bench.steps import (
     WARM_UP_STEPS,
     StepFigures,
     one_rank,
     recorded_figures,
     seconds_now,
+    show_nothing,
+    show_step,
     time_steps,
 )
 from jobs.models import save_random
@@ -47,8 +51,69 @@ from vitok.flops import peak_flops, training_flops
 from vitok.initialize import start_at_random
 from vitok.optim import build_optimizer
 from vitok.parallel import ParallelConfig, prepare_blocks, shard_model
+from vitok.variants import AutoencoderConfig
 
 _SAMPLED_IMAGES = 256  # tell how many fill a row
+
+
+def run(
+    width: int = 768,
+    depth: int = 12,
+    heads: int = 12,
+    autoencoder: str = "Ld4-B/16x64",
+    token_budget: int = 256,
+    row_tokens: int = 4096,
+    rows_per_step: int = 1,
+    steps: int = 7,
+    ray_steps: int = 12,
+    compile: bool = True,
+    float8: bool = False,
+    shards: tuple[str, ...] = (),
+    threads: int = os.cpu_count() or 1,
+    json: bool = False,
+) -> None:
+    """Flow training on cached latents through Ray and in memory, and what the cache saves.
+
+    Args:
+        width: channels of the generator.
+        depth: its blocks.
+        heads: its attention heads.
+        autoencoder: whose latents these are, a name; random weights.
+        token_budget: most tokens of an image.
+        row_tokens: tokens of a packed row.
+        rows_per_step: rows that are accumulated in a step.
+        steps: on rows in memory, two of which warm up.
+        ray_steps: steps through Ray.
+        compile: compile the blocks.
+        float8: compute the blocks in float8; needs compute capability 8.9.
+        shards: as for the benchmark ingest.
+        threads: CPU threads.
+        json: print the JSON alone.
+    """
+
+    torch.set_num_threads(threads)
+
+    figures = measure_flow(
+        model=DiTConfig(
+            latent_channels=AutoencoderConfig.from_name(autoencoder).latent_channels,
+            width=width,
+            depth=depth,
+            heads=heads,
+            num_classes=1000,
+        ),
+        autoencoder=autoencoder,
+        token_budget=token_budget,
+        row_tokens=row_tokens,
+        rows_per_step=rows_per_step,
+        steps=steps,
+        ray_steps=ray_steps,
+        parallel=ParallelConfig(compile=compile, float8=float8),
+        shards=shards,
+        threads=threads,
+        show=show_nothing if json else show_step,
+    )
+    shape = {"width": width, "depth": depth, "autoencoder": autoencoder, "row_tokens": row_tokens}
+    finish("flow", {**shape, **rounded(figures, quiet=json)}, threads)
 
 
 def measure_flow(
@@ -97,14 +162,18 @@ def measure_flow(
         settings = prepare(
             _settings(model, folder, row_tokens, rows_per_step, ray_steps, parallel, threads)
         )
+        plan = plan_of(replace(settings, steps=steps))
+        batches = [StepRows(number, load_step(plan, number), {}) for number in range(steps)]
 
-        def in_memory() -> tuple[StepFigures, float]:
+        def in_memory(name: str) -> StepFigures:
             with one_rank():
-                found = _in_memory(settings, manifest, weights, token_budget, steps)
-            show("memory", found[0])
+                found = _in_memory(settings, batches, device)
+            show(name, found)
             return found
 
-        memory, encode_s = in_memory()
+        memory = in_memory("memory")
+        images = _images_of(settings, manifest, token_budget, batches)
+        encode_s = _encoding_s(weights, images, device)
         with ray_session(num_cpus=threads + 1):
             before = peak_flops(device).flops_per_s
             run = run_training(settings)
@@ -113,7 +182,7 @@ def measure_flow(
         waits = [wait for step, wait in metric_history(run, "data_wait") if step > WARM_UP_STEPS]
         show("ray", through_ray)
         # Once more after it: what else the machine does changes from minute to minute.
-        again, _ = in_memory()
+        again = in_memory("again")
     memory_s = (memory.seconds + again.seconds) / 2
     tokens = memory.tokens_per_s * memory.seconds
     return {
@@ -169,16 +238,10 @@ def _settings(
 
 
 def _in_memory(
-    settings: FlowTraining,
-    manifest: Manifest,
-    autoencoder: Autoencoder,
-    token_budget: int,
-    steps: int,
-) -> tuple[StepFigures, float]:
-    """Return what steps on rows in memory achieve, and the seconds to encode the images of one."""
-    device = torch.device("cuda" if settings.run.use_gpu else "cpu")
-    settings = replace(settings, steps=steps)
-    corpus, plan = corpus_of(settings), plan_of(settings)
+    settings: FlowTraining, batches: Sequence[StepRows], device: torch.device
+) -> StepFigures:
+    """Return what steps on rows in memory achieve."""
+    corpus = corpus_of(settings)
     model = build_model(settings)
     prepare_blocks(model, settings.run.parallel)
     shard_model(model, init_device_mesh(device.type, (1,)), torch.bfloat16)
@@ -192,31 +255,38 @@ def _in_memory(
         flops=lambda row: training_flops(settings.model, row.image_tokens),
         initialize=lambda model: None,
     )
-    batches = [StepRows(number, load_step(plan, number), {}) for number in range(steps)]
     optimizer = build_optimizer(model, settings.optim)
-    figures = time_steps(model, optimizer, recipe, batches, device)
+    return time_steps(model, optimizer, recipe, batches, device)
 
-    images = Plan(
+
+def _images_of(
+    settings: FlowTraining, manifest: Manifest, token_budget: int, batches: Sequence[StepRows]
+) -> Plan:
+    """Return a plan of as many steps of as many whole images as the batches have latents."""
+    stage = Stage(
+        steps=len(batches),
+        images_per_step=settings.images_per_step,
+        token_budgets=(token_budget,),
+        rows_per_step=ceil(fmean(len(batch.rows) for batch in batches)),
+    )
+    return Plan(
         corpus=Corpus.of(manifest),
         data=DataConfig(row_tokens=settings.row_tokens, crop_area=1.0, crop_aspect=1.0),
-        stages=(
-            Stage(
-                steps=steps,
-                images_per_step=settings.images_per_step,
-                token_budgets=(token_budget,),
-                rows_per_step=ceil(fmean(len(batch.rows) for batch in batches)),
-            ),
-        ),
-        patch_size=plan.patch_size,
+        stages=(stage,),
+        patch_size=corpus_of(settings).statistics.patch_size,
         seed=settings.seed,
     )
+
+
+def _encoding_s(autoencoder: Autoencoder, images: Plan, device: torch.device) -> float:
+    """Return the seconds to encode the images of a step, median; the first are not counted."""
     encoder = autoencoder.to(device, torch.bfloat16).eval()
     seconds = []
-    for number in range(steps):
+    for number in range(images.num_steps):
         rows = load_step(images, number)
         start = seconds_now(device)
         with torch.inference_mode():
             for row in rows:
                 encoder.encode_packed(row.to_packed(device)[0])
         seconds.append(seconds_now(device) - start)
-    return figures, median(seconds[WARM_UP_STEPS:])
+    return median(seconds[WARM_UP_STEPS:])

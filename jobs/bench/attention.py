@@ -9,9 +9,42 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 
+from jobs.bench.output import finish, rounded
 from vitok import attention as attention_module
 from vitok.attention import AttentionLayout, attention_layout, packed_attention
 from vitok.packed import layout_of
+
+
+def run(
+    row_tokens: int = 4096,
+    tokens_per_image: int = 240,
+    num_heads: int = 12,
+    head_dim: int = 64,
+    threads: int = 2,
+    repeats: int = 5,
+    json: bool = False,
+) -> None:
+    """Forward and backward of packed attention, bf16, against the other ways to compute it.
+
+    Args:
+        row_tokens: tokens of the packed row.
+        tokens_per_image: most tokens of an image in it; the least are three quarters of that.
+        num_heads: attention heads.
+        head_dim: channels of a head.
+        threads: CPU threads.
+        repeats: timed passes; the median counts.
+        json: print the JSON alone.
+    """
+
+    torch.set_num_threads(threads)
+    figures = measure_attention(
+        row_tokens=row_tokens,
+        tokens_per_image=tokens_per_image,
+        num_heads=num_heads,
+        head_dim=head_dim,
+        repeats=repeats,
+    )
+    finish("attention", rounded(figures, quiet=json), threads)
 
 
 def measure_attention(

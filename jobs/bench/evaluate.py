@@ -10,7 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from jobs.bench_ingest import indexed_shards
+from jobs.bench.data import indexed_shards
+from jobs.bench.output import finish, rounded
 from jobs.models import save_random
 from pipelines.corpus import Manifest
 from pipelines.evaluation.baselines import hush_torchao
@@ -26,6 +27,48 @@ from vitok.variants import AutoencoderConfig
 
 _PATCH_SIZE = 16
 _SLICE_IMAGES = 32
+
+
+def run(
+    model: str = "Bd4-B/16x64",
+    side: int = 256,
+    dino: str = "",
+    shards: tuple[str, ...] = (),
+    num_images: int = 128,
+    row_tokens: int = 8192,
+    features: int = 2048,
+    threads: int = 2,
+    repeats: int = 3,
+    json: bool = False,
+) -> None:
+    """A worker of an evaluation (PSNR, SSIM, Fréchet features), its parts, and a Fréchet distance.
+
+    Args:
+        model: architecture, with random weights.
+        side: pixels of the squares that are evaluated.
+        dino: DINOv3 that describes the reconstructions; random weights of the size S/16 if empty.
+        shards: WebDataset shards: files, folders, globs or URIs; if empty those that the
+            environment variable VITOK_SAMPLE names, else the quickstart's corpus.
+        num_images: the first ones of them.
+        row_tokens: patches of 16 pixels of one pass.
+        features: numbers of an image in the distance that is timed; Inception-v3 has 2,048.
+        threads: CPU threads; one more reads ahead.
+        repeats: timed passes of everything; the medians count.
+        json: print the JSON alone.
+    """
+
+    figures = measure_evaluation(
+        shards=shards,
+        model=model,
+        dino=dino,
+        side=side,
+        num_images=num_images,
+        row_tokens=row_tokens,
+        num_features=features,
+        threads=threads,
+        repeats=repeats,
+    )
+    finish("evaluate", {"model": model, "side": side, **rounded(figures, quiet=json)}, threads)
 
 
 def measure_evaluation(

@@ -8,10 +8,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+import psutil
 import torch
 from PIL import Image
 from torch import Tensor
 
+from jobs.bench.output import finish
 from pipelines.evaluation.baselines import random_baseline, reconstruct_with
 from pipelines.evaluation.peak_memory import memory_in_use, start_peak
 from pipelines.reading.decode import decode_rgb
@@ -63,6 +65,65 @@ class _Subject:
     reconstruct: Callable[[Tensor], Tensor]  # [3, H, W] in [-1, 1] to the same
     flops: Callable[[int], float]  # of a resolution, up to a factor
     has_psnr: bool
+
+
+def run(
+    model: str = "Bd4-B/16x64",
+    windows: tuple[int | Literal["full"], ...] = (8, "full"),
+    resolutions: tuple[int, ...] = (256, 512, 1024, 2048, 4096),
+    baselines: tuple[str, ...] = (),
+    image: str = "",
+    dtype: Literal["bfloat16", "float32"] = "bfloat16",
+    threads: int = 2,
+    repeats: int = 5,
+    limit_s: float = 120.0,
+    limit_gb: float | None = None,
+    json: bool = False,
+) -> None:
+    """Time, memory and PSNR of reconstruction over resolutions, full and window attention.
+
+    Args:
+        model: a name, such as Ld4-L/16x64, for random blocks around a PCA of the photograph, or the
+            location of trained weights.
+        windows: radii in patches of sliding-window attention, or full.
+        resolutions: pixels of each side.
+        baselines: sd-vae, flux, dc-ae: their shapes with random weights (extra `baselines`).
+        image: photograph to reconstruct; one that scikit-learn carries if empty.
+        dtype: precision of the weights.
+        threads: CPU threads.
+        repeats: timed passes, fewer where they take long; the median counts.
+        limit_s: a case expected to take longer is left out, and says so.
+        limit_gb: likewise for memory; by default what is available.
+        json: print the JSON alone.
+    """
+
+    torch.set_num_threads(threads)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+    def show(case: Case) -> None:
+        if json:
+            return
+        figures = case.skipped
+        if not figures:
+            quality = "" if case.psnr is None else f"  {case.psnr:6.2f} dB"
+            figures = f"{case.seconds:8.2f} s  {case.peak_mb:8.0f} MB{quality}"
+        window = f"window {case.window}" if case.window else ""
+        print(f"{case.subject:<14} {window:<11} {case.resolution:>5}p  {figures}", flush=True)
+
+    cases = measure_inference(
+        model=model,
+        windows=windows,
+        resolutions=resolutions,
+        baselines=baselines,
+        image=image,
+        dtype=getattr(torch, dtype),
+        device=device,
+        repeats=repeats,
+        limit_s=limit_s,
+        limit_gb=_free_bytes() / 2**30 if limit_gb is None else limit_gb,
+        show=show,
+    )
+    finish("inference", {"model": model, "dtype": dtype, **report(cases)}, threads)
 
 
 def measure_inference(
@@ -242,3 +303,10 @@ def report(cases: list[Case]) -> dict[str, Any]:
         "time_per_pixel_4096_over_1024": growth(cases, "seconds"),
         "memory_per_pixel_4096_over_1024": growth(cases, "peak_mb"),
     }
+
+
+def _free_bytes() -> int:
+    """Return the memory that models may still take: of the GPU, or without one of the machine."""
+    if torch.cuda.is_available():
+        return torch.cuda.mem_get_info()[0]
+    return psutil.virtual_memory().available

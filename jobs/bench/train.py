@@ -1,28 +1,35 @@
 """Benchmark of the training step: on rows in memory, part by part, and through Ray."""
 
+import os
 import tempfile
-import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from math import ceil
-from pathlib import Path
 from statistics import fmean, median
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.profiler import ProfilerActivity, profile
 
 from cluster.local import ray_session
-from jobs.bench_ingest import indexed_shards
+from jobs.bench.data import indexed_shards
+from jobs.bench.output import finish, rounded
+from jobs.bench.steps import (
+    WARM_UP_STEPS,
+    StepFigures,
+    one_rank,
+    recorded_figures,
+    seconds_now,
+    show_nothing,
+    show_step,
+    time_steps,
+)
 from pipelines.ingest import load_step
-from pipelines.loop import Recipe, train_step
+from pipelines.loop import Recipe
 from pipelines.packed_rows import PackedRow, StepRows
 from pipelines.plan import DataConfig, Plan, Stage
 from pipelines.runs import RunConfig
-from pipelines.tracking import metric_history
 from pipelines.train_autoencoder import (
     AutoencoderTraining,
     build_model,
@@ -37,31 +44,71 @@ from vitok.initialize import start_at_random
 from vitok.losses import LossConfig, ReconstructionLoss
 from vitok.optim import Optimizers, build_optimizer
 from vitok.parallel import ParallelConfig, prepare_blocks, shard_model
-from vitok.storage import Folder
 from vitok.variants import AutoencoderConfig
 
-# The first steps of a run compile, allocate and fill queues.
-WARM_UP_STEPS = 2
 _SAMPLED_IMAGES = 256  # tell how many fill a row
 # The ranges in which FSDP2 moves weights and gradients, as it names them for the profiler.
 _FSDP_TRANSFERS = ("FSDP::all_gather", "FSDP::post_backward_reduce")
 
 
-@dataclass(frozen=True, kw_only=True)
-class StepFigures:
-    """What a training step achieves.
+def run(
+    model: str = "Bd4-B/16x64",
+    token_budget: int = 256,
+    row_tokens: int = 4096,
+    rows_per_step: int = 1,
+    ssim: float = 0.1,
+    dino_weights: str = "",
+    steps: int = 7,
+    compile: tuple[bool, ...] = (False, True),
+    checkpoint_every: int = 0,
+    float8: bool = False,
+    ray_steps: int = 12,
+    shards: tuple[str, ...] = (),
+    threads: int = os.cpu_count() or 1,
+    json: bool = False,
+) -> None:
+    """The training step of one worker on rows in memory, part by part, and through Ray.
 
-    Attributes:
-        seconds: median of the steps.
-        tokens_per_s: real tokens.
-        mfu: operations on real tokens, forward and backward, over what the device could do.
-        peak_flops: what the device could do in a second.
+    Args:
+        model: a name, such as Ld4-L/16x64; random weights.
+        token_budget: most tokens of an image.
+        row_tokens: tokens of a packed row.
+        rows_per_step: rows that are accumulated in a step.
+        ssim: weight of the SSIM term; 0 leaves it out.
+        dino_weights: DINOv3 for the perceptual term, with the weight of the paper; none if empty.
+        steps: on rows in memory, two of which warm up.
+        compile: whether blocks are compiled; both ways are measured.
+        checkpoint_every: every n-th block recomputes its activations.
+        float8: compute the blocks in float8; needs compute capability 8.9.
+        ray_steps: steps through Ray, the faster way of the two; 0 leaves Ray out.
+        shards: as for the benchmark ingest.
+        threads: CPU threads.
+        json: print the JSON alone.
     """
 
-    seconds: float
-    tokens_per_s: float
-    mfu: float
-    peak_flops: float
+    torch.set_num_threads(threads)
+
+    loss = LossConfig.paper(dino_weights) if dino_weights else LossConfig()
+    figures = measure_training(
+        model=model,
+        token_budget=token_budget,
+        row_tokens=row_tokens,
+        rows_per_step=rows_per_step,
+        loss=replace(loss, ssim=ssim),
+        steps=steps,
+        parallels={
+            "compiled" if compiled else "eager": ParallelConfig(
+                compile=compiled, checkpoint_every=checkpoint_every, float8=float8
+            )
+            for compiled in compile
+        },
+        ray_steps=ray_steps,
+        shards=shards,
+        threads=threads,
+        show=show_nothing if json else show_step,
+    )
+    shape = {"model": model, "row_tokens": row_tokens}
+    finish("train", {**shape, **rounded(figures, quiet=json)}, threads)
 
 
 def measure_training(
@@ -165,37 +212,6 @@ def _tokens_of_an_image(plan: Plan) -> float:
 
 def _batches(plan: Plan, steps: int) -> list[StepRows]:
     return [StepRows(step, load_step(plan, step), {}) for step in range(steps)]
-
-
-def time_steps(
-    model: nn.Module,
-    optimizer: Optimizers,
-    recipe: Recipe,
-    batches: Sequence[StepRows],
-    device: torch.device,
-) -> StepFigures:
-    """Train on batches in turn, as the loop does; the first steps are not counted.
-
-    The peak is taken before and after every step: on a shared machine it changes by the minute.
-    """
-    seconds, tokens_per_s, mfu, peaks = [], [], [], []
-    peak = peak_flops(device).flops_per_s
-    for batch in batches:
-        start = seconds_now(device)
-        train_step(model, optimizer, recipe, batch, 1.0, device, leaves=False)
-        taken = seconds_now(device) - start
-        before, peak = peak, peak_flops(device).flops_per_s
-        seconds.append(taken)
-        tokens_per_s.append(sum(row.num_tokens for row in batch.rows) / taken)
-        peaks.append((before + peak) / 2)
-        mfu.append(sum(map(recipe.flops, batch.rows)) / taken / peaks[-1])
-    counted = slice(WARM_UP_STEPS, None)
-    return StepFigures(
-        seconds=median(seconds[counted]),
-        tokens_per_s=median(tokens_per_s[counted]),
-        mfu=median(mfu[counted]),
-        peak_flops=median(peaks[counted]),
-    )
 
 
 @dataclass(frozen=True)
@@ -308,37 +324,3 @@ def _through_ray(
         run_training(settings)
     peak = (before + peak_flops(device).flops_per_s) / 2
     return recorded_figures(settings.run.folder, settings.stages[0].images_per_step, peak)
-
-
-def recorded_figures(run: Folder, images_per_step: int, peak: float) -> StepFigures:
-    """Return what a run through Ray logged of its steps; the first steps are not counted."""
-    recorded = {
-        name: [value for step, value in metric_history(run, name) if step > WARM_UP_STEPS]
-        for name in ("tokens_per_s", "images_per_s", "flops_per_s")
-    }
-    return StepFigures(
-        seconds=images_per_step / median(recorded["images_per_s"]),
-        tokens_per_s=median(recorded["tokens_per_s"]),
-        mfu=median(recorded["flops_per_s"]) / peak,
-        peak_flops=peak,
-    )
-
-
-def seconds_now(device: torch.device) -> float:
-    """Return the time at which a device has done what it was given so far."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter()
-
-
-@contextmanager
-def one_rank() -> Iterator[None]:
-    """Be the only rank of a process group."""
-    with tempfile.TemporaryDirectory() as folder:
-        store = dist.FileStore(str(Path(folder) / "store"), 1)
-        backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-        dist.init_process_group(backend, store=store, rank=0, world_size=1)
-        try:
-            yield
-        finally:
-            dist.destroy_process_group()

@@ -1,12 +1,16 @@
 """Every benchmark in one go, each in a process of its own, beside what the project aims at."""
 
 import json
+import os
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
+
+from jobs import positional
+from jobs.bench.output import finish
 
 # What is run: a label, the benchmark, and its options where the defaults are not meant.
 RUNS: dict[str, tuple[str, ...]] = {
@@ -76,6 +80,24 @@ AIMS = (
     ),
     Aim("quality", "PSNR after ten minutes, dB", "psnr", "at least", 25),
 )
+
+
+def run(labels: positional.Names = (), /, *, json: bool = False) -> None:
+    """Every benchmark with its defaults, one after the other, beside what the project aims at.
+
+    Takes most of an hour on two cores, and means something only where nothing else runs.
+
+    Args:
+        labels: some of them alone: attention, ingest, encode, encode-linear, train, flow,
+            inference, evaluate, quality.
+        json: print the JSON alone.
+    """
+
+    def show(line: str) -> None:
+        if not json:
+            print(line, flush=True)
+
+    finish("all", run_all(labels, show), threads=os.cpu_count() or 1)
 
 
 def run_all(labels: Sequence[str], show: Callable[[str], None]) -> dict[str, Any]:

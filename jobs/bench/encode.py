@@ -14,7 +14,8 @@ import torch
 from PIL import Image
 
 from cluster.local import ray_session
-from jobs.bench_ingest import indexed_shards
+from jobs.bench.data import indexed_shards
+from jobs.bench.output import finish, rounded
 from jobs.models import save_random
 from pipelines.cache_latents import cache_latents, identity_of
 from pipelines.caching.config import LatentCaching, complete
@@ -28,6 +29,46 @@ from vitok.packed import pack_images
 _BATCH = 32  # images of a batch of the plain loop
 _MEASURED_S = 4.0  # at least, of the ways that are no job
 _SAMPLES_PER_READ = 256
+
+
+def run(
+    model: str = "Bd4-B/16x64",
+    side: int = 256,
+    shards: tuple[str, ...] = (),
+    copies: int = 2,
+    unit_samples: int = 128,
+    row_tokens: int = 4096,
+    threads: int = 2,
+    cpus_per_reader: float = 0.5,
+    json: bool = False,
+) -> None:
+    """Encoding into a latent cache through Ray, against the bare encoder and a plain loop.
+
+    Args:
+        model: architecture, with random weights; with linear-B/16x64 decoding is what takes time.
+        side: pixels of the squares that are encoded.
+        shards: WebDataset shards: files, folders, globs or URIs; if empty those that the
+            environment variable VITOK_SAMPLE names, else the quickstart's corpus.
+        copies: every image is there so often, under other keys.
+        unit_samples: images of a unit.
+        row_tokens: tokens of a packed row.
+        threads: CPU threads of the encoder.
+        cpus_per_reader: logical cores of each task that decodes; there are as many of them as the
+            machine has cores.
+        json: print the JSON alone.
+    """
+
+    figures = measure_encoding(
+        shards=shards,
+        copies=copies,
+        model=model,
+        side=side,
+        unit_samples=unit_samples,
+        row_tokens=row_tokens,
+        threads=threads,
+        cpus_per_reader=cpus_per_reader,
+    )
+    finish("encode", {"model": model, "side": side, **rounded(figures, quiet=json)}, threads)
 
 
 def measure_encoding(

@@ -6,7 +6,8 @@ import pytest
 import torch
 from PIL import Image
 
-from jobs.bench_quality import (
+from jobs.bench.photographs import Crops, decode_photographs, sample_patches
+from jobs.bench.quality import (
     QualityRecipe,
     measure_quality,
     pca_figures,
@@ -14,7 +15,6 @@ from jobs.bench_quality import (
     ten_minutes_on_two_cores,
 )
 from jobs.cli import main
-from jobs.photographs import Crops, decode_photographs, sample_patches
 from pipelines.corpus import Manifest
 from pipelines.reconstruction import evaluation_rows, judge
 from tests.conftest import tiny_model
