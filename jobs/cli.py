@@ -171,7 +171,7 @@ def reconstruct(arguments: Sequence[str]) -> None:
 
 def export(arguments: Sequence[str]) -> None:
     """weights of a run's newest checkpoint, as a folder to load or to publish"""
-    from pipelines.train_autoencoder import export_run
+    from pipelines.autoencoder_weights import export_run
     from vitok.pretrained import WEIGHT_FILES
     from vitok.storage import Folder
 

@@ -96,9 +96,9 @@ def verify(
 def _mean_psnr(cache: str, model: str, manifest: str, images: int) -> float:
     from statistics import fmean
 
+    from pipelines.autoencoder_weights import load_autoencoder
     from pipelines.caching.judge import judge_latents
     from pipelines.latents import LatentCache
-    from pipelines.train_autoencoder import load_autoencoder
     from vitok.pretrained import encoder_digest
 
     autoencoder = load_autoencoder(model)

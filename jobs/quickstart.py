@@ -14,6 +14,8 @@ from cluster.local import ray_session
 from jobs import encoding, evaluations, flow_recipes, recipes
 from jobs.sample_corpus import make_sample_corpus
 from pipelines import train_flow
+from pipelines.autoencoder_training import AutoencoderTraining, plan_of
+from pipelines.autoencoder_weights import load_autoencoder
 from pipelines.cache_latents import cache_latents
 from pipelines.caching.judge import decode_row
 from pipelines.caching.verify import require_intact, verify_here
@@ -26,13 +28,7 @@ from pipelines.reading.shards import local_folder
 from pipelines.reconstruction import Metrics, sheet_of
 from pipelines.runs import next_step
 from pipelines.tracking import Tracker, open_run
-from pipelines.train_autoencoder import (
-    AutoencoderTraining,
-    load_autoencoder,
-    plan_of,
-    prepare,
-    run_training,
-)
+from pipelines.train_autoencoder import prepare, run_training
 from vitok.pretrained import encoder_digest
 
 _SAMPLES_PER_CLASS = 4

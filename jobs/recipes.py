@@ -8,11 +8,11 @@ What we have not run says so.
 from collections.abc import Callable
 from dataclasses import replace
 
+from pipelines.autoencoder_training import AutoencoderTraining
 from pipelines.plan import DataConfig, Stage
 from pipelines.runs import RunConfig
 from pipelines.sweeps.costs import work_of
 from pipelines.tracking import TrackingConfig
-from pipelines.train_autoencoder import AutoencoderTraining
 from vitok.losses import LossConfig
 from vitok.optim import OptimConfig
 from vitok.parallel import ParallelConfig

@@ -12,10 +12,10 @@ from PIL import Image
 
 from jobs import positional
 from jobs.command_lines import UsageError
+from pipelines.autoencoder_weights import load_autoencoder
 from pipelines.reading.decode import UnreadableImage
 from pipelines.reading.tar_index import IMAGE_EXTENSIONS
 from pipelines.reconstruction import comparison, flat, reconstruct_image
-from pipelines.train_autoencoder import load_autoencoder
 
 
 def reconstruct(

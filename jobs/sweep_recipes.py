@@ -10,10 +10,10 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from jobs.recipes import H200_FLOPS, TRAINING
+from pipelines.autoencoder_training import AutoencoderTraining
 from pipelines.evaluation.config import EvaluationConfig
 from pipelines.plan import Stage
 from pipelines.sweeps.config import Axis, SweepConfig
-from pipelines.train_autoencoder import AutoencoderTraining
 
 SweepRecipe = Callable[[], SweepConfig]
 

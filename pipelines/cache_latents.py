@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from safetensors.torch import load, save
 from torch import Tensor
 
+from pipelines.autoencoder_weights import load_autoencoder
 from pipelines.caching.captions import require_captions
 from pipelines.caching.config import LatentCaching, complete
 from pipelines.caching.encode_units import (
@@ -49,7 +50,6 @@ from pipelines.corpus import Manifest
 from pipelines.launch import check_resources
 from pipelines.packed_rows import PackedRow
 from pipelines.progress import progress_bar
-from pipelines.train_autoencoder import load_autoencoder
 from vitok.pretrained import encoder_digest
 from vitok.storage import Folder
 from vitok.texts import TextEncoder, text_libraries

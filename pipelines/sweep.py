@@ -18,6 +18,7 @@ from ray import tune
 from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, TrialScheduler
 from tqdm import tqdm
 
+from pipelines.autoencoder_training import located, plan_of
 from pipelines.failures import Preempted, root_cause
 from pipelines.sweeps.config import SweepConfig, rungs_of, trials_of
 from pipelines.sweeps.evaluation import evaluate_trials, located_evaluation
@@ -35,7 +36,7 @@ from pipelines.sweeps.report import write_report
 from pipelines.sweeps.search import Trials, draws_of
 from pipelines.sweeps.trial import LATENCY, REASON, RESULTS, STATE, run_trial
 from pipelines.tracking import Tracker, open_run, tracker_of, tracking_uri
-from pipelines.train_autoencoder import located, plan_of, prepare
+from pipelines.train_autoencoder import prepare
 
 
 def run_sweep(sweep: SweepConfig) -> list[TrialRecord]:

@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from pipelines.autoencoder_weights import load_autoencoder
 from pipelines.caching.latent_corpus import LatentCorpus, LatentStatistics
 from pipelines.failures import Unrecoverable
 from pipelines.generation.sampling import (
@@ -28,7 +29,6 @@ from pipelines.packed_rows import PackedRow
 from pipelines.plan import DataConfig, Plan, Stage
 from pipelines.runs import RunConfig, claim_folder, read_run
 from pipelines.tracking import open_run
-from pipelines.train_autoencoder import load_autoencoder
 from vitok.autoencoder import Autoencoder
 from vitok.config import config, parse_json, to_dict
 from vitok.dit import Condition, DiT, DiTConfig

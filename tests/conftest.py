@@ -7,9 +7,9 @@ import torch
 from torch import nn
 
 from jobs.sample_corpus import make_sample_corpus
+from pipelines.autoencoder_training import AutoencoderTraining
 from pipelines.plan import DataConfig, Stage
 from pipelines.runs import RunConfig
-from pipelines.train_autoencoder import AutoencoderTraining
 from vitok.autoencoder import Autoencoder
 from vitok.initialize import start_at_random
 from vitok.losses import LossConfig

@@ -17,13 +17,13 @@ from cluster.local import ray_session
 from jobs.bench.data import indexed_shards
 from jobs.bench.output import finish, rounded
 from jobs.models import save_random
+from pipelines.autoencoder_weights import load_autoencoder
 from pipelines.cache_latents import cache_latents, identity_of
 from pipelines.caching.config import LatentCaching, complete
 from pipelines.caching.encode_units import Encoder, Unit, prepare_unit, samples_of, units_of
 from pipelines.caching.units import DTYPES, UNITS, CacheIdentity
 from pipelines.corpus import Manifest, build_manifest, read_samples
 from pipelines.reading.shards import write_shards
-from pipelines.train_autoencoder import load_autoencoder
 from vitok.packed import pack_images
 
 _BATCH = 32  # images of a batch of the plain loop

@@ -14,10 +14,10 @@ from PIL import Image
 from torch import Tensor
 
 from jobs.bench.output import finish
+from pipelines.autoencoder_weights import load_autoencoder
 from pipelines.evaluation.baselines import random_baseline, reconstruct_with
 from pipelines.evaluation.peak_memory import memory_in_use, start_peak
 from pipelines.reading.decode import decode_rgb
-from pipelines.train_autoencoder import load_autoencoder
 from vitok.autoencoder import Autoencoder
 from vitok.images import to_tensor
 from vitok.initialize import start_at_random, start_from_pca

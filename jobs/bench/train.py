@@ -25,15 +25,14 @@ from jobs.bench.steps import (
     show_step,
     time_steps,
 )
+from pipelines.autoencoder_training import AutoencoderTraining, plan_of
 from pipelines.ingest import load_step
 from pipelines.loop import Recipe
 from pipelines.packed_rows import PackedRow, StepRows
 from pipelines.plan import DataConfig, Plan, Stage
 from pipelines.runs import RunConfig
 from pipelines.train_autoencoder import (
-    AutoencoderTraining,
     build_model,
-    plan_of,
     prepare,
     reconstruction_step,
     row_flops,

@@ -8,6 +8,7 @@ import numpy as np
 import psutil
 import torch
 
+from pipelines.autoencoder_weights import load_autoencoder
 from pipelines.cache_latents import load_text_encoder, name_of
 from pipelines.caching.captions import STORE_READ_BYTES
 from pipelines.caching.config import LatentCaching
@@ -22,7 +23,6 @@ from pipelines.caching.encode_units import (
 )
 from pipelines.caching.units import DTYPES, CacheIdentity
 from pipelines.corpus import MAX_READ_BYTES, Manifest
-from pipelines.train_autoencoder import load_autoencoder
 
 # Tokens are counted in so many units, spread over the corpus, where they differ among images.
 _COUNTED_UNITS = 64

@@ -9,6 +9,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
+from pipelines.autoencoder_weights import load_autoencoder
 from pipelines.evaluation.baselines import (
     REPOSITORIES,
     latent_shape,
@@ -16,7 +17,6 @@ from pipelines.evaluation.baselines import (
     reconstruct_with,
 )
 from pipelines.evaluation.codecs import Codec, reconstruct_with_codec
-from pipelines.train_autoencoder import load_autoencoder
 from vitok.config import config, parse_config, require_choice
 from vitok.parallel import compile_blocks, float8_inference
 from vitok.pretrained import weights_digest

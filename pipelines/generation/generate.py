@@ -20,6 +20,7 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
+from pipelines.autoencoder_weights import load_autoencoder
 from pipelines.generation.prompts import Prompts, prompts_of
 from pipelines.generation.sampling import (
     Request,
@@ -32,7 +33,6 @@ from pipelines.launch import check_resources
 from pipelines.progress import progress_bar
 from pipelines.reading.shards import write_shards
 from pipelines.runs import newest_checkpoint
-from pipelines.train_autoencoder import load_autoencoder
 from pipelines.train_flow import FlowTraining, read_settings, read_statistics
 from vitok.autoencoder import Autoencoder
 from vitok.config import UNLESS_EMPTY, config, describe_difference, parse_json, to_dict

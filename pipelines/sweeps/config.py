@@ -10,9 +10,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
+from pipelines.autoencoder_training import AutoencoderTraining
 from pipelines.evaluation.config import EvaluationConfig
 from pipelines.sweeps.costs import memory_of, work_of
-from pipelines.train_autoencoder import AutoencoderTraining
 from vitok.config import config, flatten, parse_config, require_choice, to_dict
 from vitok.storage import Folder
 from vitok.variants import AutoencoderConfig

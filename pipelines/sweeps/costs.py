@@ -4,7 +4,8 @@ from typing import NamedTuple
 
 import torch
 
-from pipelines.train_autoencoder import AutoencoderTraining, image_flops
+from pipelines.autoencoder_training import AutoencoderTraining
+from pipelines.train_autoencoder import image_flops
 from vitok.memory import TrainingMemory, training_memory
 
 

@@ -5,10 +5,10 @@ from typing import Any
 import ray
 from ray.tune.search import Searcher
 
+from pipelines.autoencoder_training import AutoencoderTraining
 from pipelines.sweeps.config import Axis, SweepConfig, Trial, make_trial, number_text, trials_of
 from pipelines.sweeps.records import ENDED, TrialRecord, read_records
 from pipelines.tracking import TrackingConfig
-from pipelines.train_autoencoder import AutoencoderTraining
 
 
 class OptunaDraws:

@@ -16,18 +16,15 @@ from ray.data import DataContext
 from ray.util.queue import Queue
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
+from pipelines.autoencoder_training import AutoencoderTraining
+from pipelines.autoencoder_weights import load_autoencoder
 from pipelines.failures import Diverged, OutOfMemory, root_cause
 from pipelines.runs import latest_checkpoint
 from pipelines.sweeps.config import SweepConfig, make_trial
 from pipelines.sweeps.costs import work_of
 from pipelines.sweeps.records import State, finite
 from pipelines.tracking import TrackingConfig
-from pipelines.train_autoencoder import (
-    AutoencoderTraining,
-    load_autoencoder,
-    prepare,
-    run_training,
-)
+from pipelines.train_autoencoder import prepare, run_training
 from vitok.storage import Folder
 
 # How Ray Tune is told what came of a trial.

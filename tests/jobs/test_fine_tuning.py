@@ -10,15 +10,13 @@ import torch
 from torch import nn
 
 from jobs.cli import main
+from pipelines.autoencoder_training import AutoencoderTraining, plan_of
+from pipelines.autoencoder_weights import initialize, load_autoencoder
 from pipelines.ingest import load_step
 from pipelines.plan import DataConfig, Stage
 from pipelines.runs import RunConfig, latest_checkpoint
 from pipelines.train_autoencoder import (
-    AutoencoderTraining,
     build_model,
-    initialize,
-    load_autoencoder,
-    plan_of,
     prepare,
     reconstruction_step,
     row_flops,

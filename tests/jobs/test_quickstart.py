@@ -15,12 +15,13 @@ from jobs import flow_recipes, quickstart, recipes
 from jobs.cli import main
 from jobs.sample_corpus import make_sample_corpus
 from pipelines import train_autoencoder
+from pipelines.autoencoder_training import AutoencoderTraining
+from pipelines.autoencoder_weights import load_autoencoder
 from pipelines.caching.config import LatentCaching
 from pipelines.caching.verify import verify_here
 from pipelines.latents import LatentCache
 from pipelines.runs import next_step
 from pipelines.tracking import TrackingConfig, open_run, tracking_uri
-from pipelines.train_autoencoder import AutoencoderTraining, load_autoencoder
 from pipelines.train_flow import FlowTraining
 from tests.conftest import tiny_model
 from tests.pipelines.flow_runs import flow_training, write_checkpoint

@@ -16,19 +16,13 @@ from transformers import DINOv3ViTConfig, DINOv3ViTModel
 
 from jobs.command_lines import read_recipe
 from jobs.recipes import TRAINING
+from pipelines.autoencoder_training import AutoencoderTraining, plan_of
+from pipelines.autoencoder_weights import initialize
 from pipelines.ingest import load_step
 from pipelines.loop import Recipe, train_step
 from pipelines.packed_rows import StepRows
 from pipelines.plan import Stage
-from pipelines.train_autoencoder import (
-    AutoencoderTraining,
-    build_model,
-    initialize,
-    plan_of,
-    prepare,
-    reconstruction_step,
-    row_flops,
-)
+from pipelines.train_autoencoder import build_model, prepare, reconstruction_step, row_flops
 from tests.conftest import tiny_model
 from vitok.autoencoder import Autoencoder, part_of
 from vitok.checkpoint import TrainState

@@ -23,8 +23,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from pipelines import launch
+from pipelines.autoencoder_training import AutoencoderTraining
 from pipelines.runs import RunConfig, next_step
-from pipelines.train_autoencoder import AutoencoderTraining
 from tests.pipelines.recorded_runs import read_notes
 from tests.pipelines.recording_training import HOLD_FILE, train
 from vitok.config import read_config

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import torch
 
+from pipelines.autoencoder_weights import load_autoencoder
 from pipelines.cache_latents import finish_cache, identity_of, load_text_encoder, name_of
 from pipelines.caching.config import LatentCaching, complete
 from pipelines.caching.encode_units import (
@@ -15,7 +16,6 @@ from pipelines.caching.encode_units import (
 )
 from pipelines.caching.units import DTYPES, claim_cache, commit_unit, committed_units
 from pipelines.corpus import Manifest
-from pipelines.train_autoencoder import load_autoencoder
 from vitok.storage import Folder
 
 

@@ -17,12 +17,14 @@ import ray
 import torch
 import torch.distributed as dist
 
+from pipelines.autoencoder_training import AutoencoderTraining, plan_of
+from pipelines.autoencoder_weights import initialize
 from pipelines.ingest import load_step
 from pipelines.packed_rows import PackedRow
 from pipelines.plan import Plan
 from pipelines.runs import RunConfig, next_step
 from pipelines.tracking import metric_history
-from pipelines.train_autoencoder import AutoencoderTraining, initialize, latent_noise, plan_of
+from pipelines.train_autoencoder import latent_noise
 from vitok.autoencoder import Autoencoder
 from vitok.config import write_config
 from vitok.losses import ReconstructionLoss

@@ -21,8 +21,8 @@ from torch import Tensor, nn
 
 from jobs import cli, recipes
 from pipelines import train_autoencoder
+from pipelines.autoencoder_training import AutoencoderTraining
 from pipelines.packed_rows import PackedRow
-from pipelines.train_autoencoder import AutoencoderTraining
 from tests.pipelines.recorded_runs import note_row
 from vitok.config import read_config
 

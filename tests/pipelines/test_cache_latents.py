@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load
 
+from pipelines.autoencoder_weights import load_autoencoder
 from pipelines.cache_latents import _Steps, cache_latents, identity_of
 from pipelines.caching.config import LatentCaching, complete
 from pipelines.caching.encode_units import Encoder, Unit, finish_unit, prepare_unit, units_of
@@ -20,7 +21,6 @@ from pipelines.caching.verify import verify_here
 from pipelines.corpus import Manifest, build_manifest, read_samples, write_shards
 from pipelines.latents import LatentCache
 from pipelines.reading.decode import decode_rgb
-from pipelines.train_autoencoder import load_autoencoder
 from tests.conftest import tiny_model
 from tests.pipelines.encoding_process import differing, encode_all, files_of
 from tests.vitok.text_encoders import save_text_encoder

@@ -10,6 +10,7 @@ import simplejpeg
 import torch
 from torch import Tensor
 
+from pipelines.autoencoder_weights import load_autoencoder
 from pipelines.corpus import Manifest, build_manifest, read_samples, write_shards
 from pipelines.evaluate import EvaluationResult, evaluate, statistics_name
 from pipelines.evaluation import read_ahead
@@ -20,7 +21,6 @@ from pipelines.evaluation.worker import OK, ExtractorConfig
 from pipelines.packed_rows import PackedRow
 from pipelines.reading.decode import decode_rgb
 from pipelines.reconstruction import ImageResult
-from pipelines.train_autoencoder import load_autoencoder
 from tests.vitok.random_inception import write_inception
 from vitok.features import InceptionFeatures
 from vitok.frechet import FeatureMoments, Gaussian, frechet_distance

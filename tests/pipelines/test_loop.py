@@ -13,19 +13,14 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 
+from pipelines.autoencoder_training import AutoencoderTraining, plan_of
+from pipelines.autoencoder_weights import initialize
 from pipelines.checkpoints import remove_unfinished, unfinished_prefix
 from pipelines.failures import Unrecoverable
 from pipelines.ingest import load_share, load_step, shares_of_step
 from pipelines.loop import Outcome, Recipe, settle, train_step
 from pipelines.packed_rows import PackedRow, StepRows
-from pipelines.train_autoencoder import (
-    AutoencoderTraining,
-    build_model,
-    initialize,
-    plan_of,
-    reconstruction_step,
-    row_flops,
-)
+from pipelines.train_autoencoder import build_model, reconstruction_step, row_flops
 from tests.vitok.ranks import run_on_ranks
 from vitok.config import read_config, write_config
 from vitok.losses import ReconstructionLoss

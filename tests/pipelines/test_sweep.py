@@ -7,6 +7,7 @@ import pytest
 import ray
 from ray.tune.schedulers import ASHAScheduler
 
+from pipelines.autoencoder_training import AutoencoderTraining
 from pipelines.failures import is_out_of_memory
 from pipelines.sweep import _Recorder, _scheduler
 from pipelines.sweeps.config import Axis, SweepConfig, rungs_of, trials_of
@@ -14,7 +15,6 @@ from pipelines.sweeps.costs import work_of
 from pipelines.sweeps.records import Report, TrialRecord, read_records, write_record
 from pipelines.sweeps.search import Trials
 from pipelines.tracking import TrackingConfig
-from pipelines.train_autoencoder import AutoencoderTraining
 
 
 def test_trials_are_handed_out_as_the_cluster_has_room(

@@ -9,18 +9,12 @@ from mlflow.tracking import MlflowClient
 from torch import nn
 
 from pipelines import train_autoencoder
+from pipelines.autoencoder_training import AutoencoderTraining, plan_of, read_settings
+from pipelines.autoencoder_weights import export_weights, load_autoencoder
 from pipelines.ingest import load_step
 from pipelines.runs import latest_checkpoint, next_step
 from pipelines.tracking import TrackingConfig, metric_history, tracking_uri
-from pipelines.train_autoencoder import (
-    AutoencoderTraining,
-    export_weights,
-    load_autoencoder,
-    plan_of,
-    prepare,
-    read_settings,
-    run_training,
-)
+from pipelines.train_autoencoder import prepare, run_training
 from tests.conftest import make_tiny_training
 from vitok.config import write_config
 

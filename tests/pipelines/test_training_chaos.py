@@ -14,9 +14,10 @@ import pytest
 import ray
 import torch
 
+from pipelines.autoencoder_training import AutoencoderTraining, plan_of
+from pipelines.autoencoder_weights import load_autoencoder
 from pipelines.checkpoints import unfinished_prefix
 from pipelines.runs import next_step
-from pipelines.train_autoencoder import AutoencoderTraining, load_autoencoder, plan_of
 from tests.pipelines.chaos_training import PAUSE_S, WORKER_CPUS, Hit
 from tests.pipelines.recorded_runs import (
     Attempt,

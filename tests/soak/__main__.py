@@ -32,9 +32,9 @@ import tyro
 from cluster.services import MARKER, Service, end, free_ports, start, wait_until_healthy
 from jobs import recipes
 from jobs.sample_corpus import make_sample_corpus
+from pipelines.autoencoder_training import AutoencoderTraining
 from pipelines.corpus import index_shard, write_manifest
 from pipelines.plan import Stage
-from pipelines.train_autoencoder import AutoencoderTraining
 from tests.pipelines.faulty_store import FaultyProxy, rarely, running
 from tests.pipelines.recorded_runs import ended, read_notes, start_driver
 from tests.soak.faults import NUM_TRAINERS, USUAL_ERRORS, Fault, Scene, schedule

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from pipelines.train_autoencoder import AutoencoderTraining, plan_of
+from pipelines.autoencoder_training import AutoencoderTraining, plan_of
 from tests.pipelines.recorded_runs import Attempt, check_order, read_losses, repeated_steps
 from tests.soak.faults import schedule
 from tests.soak.memory import WARM_UP_S, Life, growing, growth_of, summary

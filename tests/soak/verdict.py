@@ -5,9 +5,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from pipelines.autoencoder_training import AutoencoderTraining, plan_of
 from pipelines.runs import RunConfig, next_step
 from pipelines.tracking import metric_history
-from pipelines.train_autoencoder import AutoencoderTraining, plan_of
 from tests.pipelines.recorded_runs import (
     Attempt,
     check_order,

@@ -4,10 +4,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from pipelines.autoencoder_weights import load_autoencoder
 from pipelines.caching.config import LatentCaching
 from pipelines.caching.judge import judge_latents
 from pipelines.latents import LatentCache
-from pipelines.train_autoencoder import load_autoencoder
 from tests.conftest import tiny_model
 from tests.pipelines.encoding_process import encode_all
 from vitok.autoencoder import Autoencoder

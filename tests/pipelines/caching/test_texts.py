@@ -14,6 +14,7 @@ import webdataset
 from safetensors.torch import load
 
 from pipelines import corpus as corpus_module
+from pipelines.autoencoder_weights import load_autoencoder
 from pipelines.cache_latents import identity_of, load_text_encoder
 from pipelines.caching.config import LatentCaching
 from pipelines.caching.encode_units import (
@@ -31,7 +32,6 @@ from pipelines.caching.units import LatentRow, UnitRecord, as_json, claim_cache,
 from pipelines.caching.verify import verify_here
 from pipelines.corpus import Manifest, build_manifest, read_samples, write_shards
 from pipelines.latents import LatentCache
-from pipelines.train_autoencoder import load_autoencoder
 from pipelines.whole_images import Transform
 from tests.pipelines.small_caches import (
     CHANNELS,

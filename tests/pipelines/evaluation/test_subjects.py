@@ -9,6 +9,7 @@ from PIL import Image
 from skimage import data as photographs
 from torch import Tensor, nn
 
+from pipelines.autoencoder_weights import load_autoencoder
 from pipelines.evaluation.baselines import (
     REPOSITORIES,
     latent_shape,
@@ -17,7 +18,6 @@ from pipelines.evaluation.baselines import (
 )
 from pipelines.evaluation.codecs import compress, reconstruct_with_codec
 from pipelines.evaluation.subjects import SubjectSpec, load_subject
-from pipelines.train_autoencoder import load_autoencoder
 from vitok.images import to_tensor
 
 CPU = torch.device("cpu")

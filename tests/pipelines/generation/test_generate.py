@@ -13,6 +13,8 @@ import webdataset
 from PIL import Image
 
 from jobs.cli import main
+from pipelines.autoencoder_training import AutoencoderTraining
+from pipelines.autoencoder_weights import load_autoencoder
 from pipelines.generation import generate as generate_module
 from pipelines.generation.generate import (
     Generation,
@@ -26,15 +28,8 @@ from pipelines.generation.generate import (
 )
 from pipelines.generation.sampling import Request, sample_requests, spread_classes, whole_patches
 from pipelines.runs import latest_checkpoint
-from pipelines.train_autoencoder import AutoencoderTraining, load_autoencoder
 from pipelines.train_autoencoder import prepare as prepare_autoencoder
-from pipelines.train_flow import (
-    FlowTraining,
-    corpus_of,
-    prepare,
-    read_statistics,
-    shown_requests,
-)
+from pipelines.train_flow import FlowTraining, corpus_of, prepare, read_statistics, shown_requests
 from tests.pipelines.flow_runs import flow_training, write_checkpoint
 from tests.pipelines.small_caches import CHANNELS
 from vitok.flow import SamplerConfig

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from pipelines.autoencoder_training import AutoencoderTraining
 from pipelines.evaluation.config import EvaluationConfig
 from pipelines.evaluation.worker import ExtractorConfig
 from pipelines.plan import DataConfig, Stage
@@ -12,7 +13,6 @@ from pipelines.runs import RunConfig
 from pipelines.sweeps.config import Axis, SweepConfig, make_trial, same_study, trial_name, trials_of
 from pipelines.sweeps.costs import memory_of, work_of
 from pipelines.sweeps.records import TrialRecord, claim_sweep, read_sweep, write_record
-from pipelines.train_autoencoder import AutoencoderTraining
 from vitok.config import parse_json, to_dict
 from vitok.flops import training_flops
 from vitok.variants import AutoencoderConfig

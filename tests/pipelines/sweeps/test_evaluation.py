@@ -8,6 +8,7 @@ import pytest
 from mlflow.tracking import MlflowClient
 from torch import nn
 
+from pipelines.autoencoder_training import AutoencoderTraining
 from pipelines.evaluate import EvaluationResult, evaluate
 from pipelines.evaluation.config import EvaluationConfig
 from pipelines.evaluation.worker import ExtractorConfig
@@ -17,7 +18,6 @@ from pipelines.sweeps.config import SweepConfig, make_trial
 from pipelines.sweeps.records import TrialRecord, read_records, write_record
 from pipelines.sweeps.report import study_of
 from pipelines.tracking import open_run, tracking_uri
-from pipelines.train_autoencoder import AutoencoderTraining
 from tests.vitok.random_inception import write_inception
 from vitok.autoencoder import Autoencoder
 from vitok.initialize import start_at_random

@@ -8,16 +8,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from pipelines.autoencoder_training import AutoencoderTraining
 from pipelines.sweeps.config import SweepConfig, trials_of
-from pipelines.sweeps.records import (
-    Report,
-    TrialRecord,
-    claim_sweep,
-    read_records,
-    write_record,
-)
+from pipelines.sweeps.records import Report, TrialRecord, claim_sweep, read_records, write_record
 from pipelines.sweeps.report import QUALITIES, error_of, study_of, to_csv, to_json, write_report
-from pipelines.train_autoencoder import AutoencoderTraining
 from vitok.storage import Folder
 from vitok.variants import AutoencoderConfig
 

@@ -2,10 +2,10 @@ from dataclasses import replace
 
 import pytest
 
+from pipelines.autoencoder_training import AutoencoderTraining
 from pipelines.sweeps.config import Axis, SweepConfig, make_trial
 from pipelines.sweeps.records import TrialRecord
 from pipelines.sweeps.search import draws_of
-from pipelines.train_autoencoder import AutoencoderTraining
 
 
 @pytest.fixture

@@ -5,13 +5,13 @@ from typing import Any
 
 import pytest
 
+from pipelines.autoencoder_training import AutoencoderTraining
 from pipelines.failures import Diverged, OutOfMemory
 from pipelines.sweeps import trial as sweep_trial
 from pipelines.sweeps.config import SweepConfig
 from pipelines.sweeps.costs import work_of
 from pipelines.sweeps.trial import LATENCY, REASON, RESULTS, STATE, run_trial
 from pipelines.tracking import TrackingConfig
-from pipelines.train_autoencoder import AutoencoderTraining
 
 
 @pytest.fixture

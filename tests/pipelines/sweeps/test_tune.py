@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 from mlflow.tracking import MlflowClient
 
+from pipelines.autoencoder_training import AutoencoderTraining
 from pipelines.sweep import prepare_sweep, run_sweep
 from pipelines.sweeps import search as sweep_search
 from pipelines.sweeps.config import Axis, SweepConfig
 from pipelines.sweeps.records import TrialRecord
 from pipelines.tracking import TrackingConfig, tracking_uri
-from pipelines.train_autoencoder import AutoencoderTraining
 
 TIMEOUT_S = 120
 
