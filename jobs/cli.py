@@ -138,6 +138,7 @@ def evaluate(arguments: Sequence[str]) -> None:
     from pipelines.evaluate import evaluate as run_evaluation
     from pipelines.evaluation.report import REPORT, log_to_runs, write_results
     from pipelines.reading.shards import local_folder
+    from pipelines.reconstruction import flat
 
     settings = configs.evaluation(arguments)
     out = local_folder(settings.out)
@@ -146,7 +147,7 @@ def evaluate(arguments: Sequence[str]) -> None:
     write_results(settings, result, out)
     log_to_runs(settings, result, out)
     if settings.json:
-        _print_json([score.as_row() for score in result.scores])
+        _print_json([flat(score) for score in result.scores])
     else:
         print((out / REPORT).read_text())
         print(f"results: {out}")

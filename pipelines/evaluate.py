@@ -32,7 +32,7 @@ from pipelines.evaluation.subjects import SOURCE, SubjectFacts, SubjectSpec
 from pipelines.evaluation.worker import OK, EvaluatedImage, Evaluator, ExtractorConfig
 from pipelines.failures import root_cause
 from pipelines.reading.shards import local_folder
-from pipelines.reconstruction import Metrics, flat
+from pipelines.reconstruction import Metrics
 from pipelines.whole_images import Transform
 from vitok.frechet import FeatureMoments, Gaussian, few_samples, frechet_distance
 
@@ -70,10 +70,6 @@ class Scores:
     digest: str
     device: str
     warnings: tuple[str, ...]
-
-    def as_row(self) -> dict[str, Any]:
-        """Return all of it by name, the metrics among the rest."""
-        return flat(self)
 
 
 @dataclass(frozen=True, eq=False)

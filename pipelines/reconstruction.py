@@ -72,7 +72,7 @@ METRICS = {field.name: field.metadata for field in dataclasses.fields(Metrics)}
 
 
 def flat(record: Any) -> dict[str, Any]:
-    """Return the fields of a dataclass by name, with those of its `metrics` in their place."""
+    """Return the fields of a dataclass, those of its `metrics` among them; None if not known."""
     row = vars(record).copy()
     metrics = row.pop("metrics")
     return row | (vars(metrics) if metrics else dict.fromkeys(METRICS))

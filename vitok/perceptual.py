@@ -45,16 +45,10 @@ def load_dino(weights: str, option: str) -> nn.Module:
     )
 
 
-class DinoTileLoss(nn.Module):
-    """Distance of DINOv3 features (arXiv 2605.05331).
+class _TileLoss(nn.Module):
+    """Distance of one tile of every image from its original, in the eyes of a frozen network.
 
-    Features of every block, before the final norm, of all tokens (class, registers and patches),
-    L2-normalised per token; mean squared difference over tokens and channels, mean over blocks.
-    This is what the package dino-perceptual computes. The network is frozen; gradients flow
-    through it into the reconstruction.
-
-    Args:
-        network: a transformers DINOv3ViTModel, in any precision.
+    Gradients flow through the network into the reconstruction.
     """
 
     def __init__(self, network: nn.Module) -> None:
@@ -62,8 +56,31 @@ class DinoTileLoss(nn.Module):
         self.network = network.eval().requires_grad_(False)
 
     def train(self, mode: bool = True) -> Self:
-        """Stay in eval mode: in training DINOv3 jitters its positions."""
+        """Stay in eval mode: in training DINOv3 jitters its positions, and LPIPS drops channels."""
         return super().train(False)
+
+    def forward(self, output: PackedTokens, target: PackedTokens, tile_position: Tensor) -> Tensor:
+        with torch.no_grad():
+            target_tiles = _tiles(target, tile_position)
+        distance_S = self._distance(_tiles(output, tile_position), target_tiles)
+        # Slots without an image count 0, whatever is said of them.
+        return torch.where(target.grid[:, 0] > 0, distance_S, 0.0).sum()
+
+    def _distance(self, output_tiles: Tensor, target_tiles: Tensor) -> Tensor:
+        """Return the distances [S] of tiles [S, 3, TILE, TILE] in [-1, 1]."""
+        raise NotImplementedError
+
+
+class DinoTileLoss(_TileLoss):
+    """Distance of DINOv3 features (arXiv 2605.05331).
+
+    Features of every block, before the final norm, of all tokens (class, registers and patches),
+    L2-normalised per token; mean squared difference over tokens and channels, mean over blocks.
+    This is what the package dino-perceptual computes.
+
+    Args:
+        network: a transformers DINOv3ViTModel, in any precision.
+    """
 
     @classmethod
     def from_pretrained(cls, weights: str) -> Self:
@@ -75,17 +92,16 @@ class DinoTileLoss(nn.Module):
         """
         return cls(load_dino(weights, option="loss.dino_weights"))
 
-    def forward(self, output: PackedTokens, target: PackedTokens, tile_position: Tensor) -> Tensor:
+    def _distance(self, output_tiles: Tensor, target_tiles: Tensor) -> Tensor:
         with torch.no_grad():
-            target_features = self._features(_tiles(target, tile_position))
-        output_features = self._features(_tiles(output, tile_position))
-        distance_S = torch.stack(
+            target_features = self._features(target_tiles)
+        output_features = self._features(output_tiles)
+        return torch.stack(
             [
                 (a - b).square().mean(dim=(1, 2))
                 for a, b in zip(output_features, target_features, strict=True)
             ]
         ).mean(dim=0)
-        return _sum_over_images(distance_S, target)
 
     def _features(self, tiles: Tensor) -> list[Tensor]:
         pixels = imagenet_normalized((tiles + 1) / 2)
@@ -135,10 +151,10 @@ def load_lpips(weights: str, option: str, without: str) -> nn.Module:
     return network.eval().requires_grad_(False)
 
 
-class LpipsTileLoss(nn.Module):
+class LpipsTileLoss(_TileLoss):
     """LPIPS (arXiv 1801.03924; VGG16, version 0.1), for ablations.
 
-    The network is frozen, as for DINO. LPIPS divides by the square root of a sum of squares, which
+    It divides by the square root of a sum of squares, which
     has no gradient where all channels of a layer are 0. We have not seen that on an image; the
     training loop stops at a gradient that is not finite.
 
@@ -146,24 +162,14 @@ class LpipsTileLoss(nn.Module):
         network: called as lpips.LPIPS is: two batches [N, 3, n, n] in [-1, 1] to [N, 1, 1, 1].
     """
 
-    def __init__(self, network: nn.Module) -> None:
-        super().__init__()
-        self.network = network.eval().requires_grad_(False)
-
-    def train(self, mode: bool = True) -> Self:
-        """Stay in eval mode: in training LPIPS drops channels at random."""
-        return super().train(False)
-
     @classmethod
     def from_pretrained(cls, weights: str) -> Self:
         """Build LPIPS, as load_lpips does."""
         return cls(load_lpips(weights, option="loss.lpips_weights", without="set loss.lpips to 0"))
 
-    def forward(self, output: PackedTokens, target: PackedTokens, tile_position: Tensor) -> Tensor:
-        with torch.no_grad():
-            target_tiles = _tiles(target, tile_position)
-        distance_S = self.network(_tiles(output, tile_position), target_tiles).flatten()
-        return _sum_over_images(distance_S.float(), target)
+    def _distance(self, output_tiles: Tensor, target_tiles: Tensor) -> Tensor:
+        distance_S: Tensor = self.network(output_tiles, target_tiles).flatten()
+        return distance_S.float()
 
 
 def _read_vgg(weights: str, names: list[str]) -> dict[str, Tensor]:
@@ -189,8 +195,3 @@ def _tiles(packed: PackedTokens, position: Tensor) -> Tensor:
     patch_size = isqrt(packed.tokens.shape[1] // 3)
     tiles, _ = gather_tiles(packed, position, -(-TILE // patch_size))
     return tiles[..., :TILE, :TILE]
-
-
-def _sum_over_images(distance_S: Tensor, packed: PackedTokens) -> Tensor:
-    """Sum a loss [S] over the slots that hold an image; whatever the others say counts 0."""
-    return torch.where(packed.grid[:, 0] > 0, distance_S, 0.0).sum()

@@ -15,7 +15,7 @@ from pipelines.evaluate import EvaluationResult, Scores, statistics_name
 from pipelines.evaluation.config import EvaluationConfig
 from pipelines.evaluation.published import PUBLISHED, PublishedFigures
 from pipelines.evaluation.worker import OK
-from pipelines.reconstruction import METRICS, sheet_of
+from pipelines.reconstruction import METRICS, flat, sheet_of
 from pipelines.runs import next_step
 from pipelines.tracking import Tracker, run_around, tracker_of
 from vitok.checkpoint import PROGRESS_FILE
@@ -67,7 +67,7 @@ def log_to_runs(settings: EvaluationConfig, result: EvaluationResult, out: Path)
         metrics = {
             f"{place}/{score.resolution.replace(' ', '_')}/{name}": float(value)
             for score in scores
-            for row in [score.as_row()]
+            for row in [flat(score)]
             for name in _SCORES_IN_MLFLOW
             if (value := row[name]) is not None
         }
@@ -86,7 +86,7 @@ def log_results(tracker: Tracker, out: Path, place: str) -> None:
 
 def markdown(settings: EvaluationConfig, result: EvaluationResult) -> str:
     """Return the table of an evaluation, with published figures, marked as such, below it."""
-    scores = [score.as_row() for score in result.scores]
+    scores = [flat(score) for score in result.scores]
     columns = [
         column
         for column in _COLUMNS
@@ -162,7 +162,7 @@ def draw_plots(scores: Sequence[Scores], folder: Path) -> None:
         points = [
             (score, row[x], row[y])
             for score in scores
-            for row in [score.as_row()]
+            for row in [flat(score)]
             if row[x] is not None and row[y] is not None
         ]
         if not points:
@@ -210,7 +210,7 @@ def _document(settings: EvaluationConfig, result: EvaluationResult) -> dict[str,
     return {
         "settings": to_dict(settings),
         "samples": {"count": len(result.keys), "digest": result.samples_digest, "list": SAMPLES},
-        "scores": [score.as_row() for score in result.scores],
+        "scores": [flat(score) for score in result.scores],
         "failed_subjects": result.failed,
         "left_out": result.left_out,
         "failed_images": [
@@ -229,7 +229,7 @@ def _table(result: EvaluationResult) -> pa.Table:
     return pa.Table.from_pylist(
         [
             {"subject": place[0], "resolution": place[1], "bits_per_pixel": bits[place]}
-            | image.as_row()
+            | flat(image)
             for place, images in result.images.items()
             for image in images
         ],

@@ -4,7 +4,6 @@ import statistics
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 import numpy as np
 import torch
@@ -20,7 +19,7 @@ from pipelines.evaluation.subjects import Subject, SubjectFacts, SubjectSpec, lo
 from pipelines.failures import is_out_of_memory, root_cause
 from pipelines.mixture import Corpus
 from pipelines.packed_rows import PackedRow
-from pipelines.reconstruction import Metrics, comparison, flat, judge
+from pipelines.reconstruction import Metrics, comparison, judge
 from pipelines.whole_images import Transform
 from vitok.config import config
 from vitok.features import DinoFeatures, FeatureExtractor, InceptionFeatures
@@ -81,10 +80,6 @@ class EvaluatedImage:
     seconds: float | None = None
     peak_mb: float | None = None
     status: str = OK
-
-    def as_row(self) -> dict[str, Any]:
-        """Return all of it by name, the metrics among the rest; None for those not known."""
-        return flat(self)
 
 
 @dataclass(frozen=True)
