@@ -1,4 +1,5 @@
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -6,6 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
+from jobs.bench import quality
 from jobs.bench.photographs import Crops, decode_photographs, sample_patches
 from jobs.bench.quality import (
     QualityRecipe,
@@ -38,8 +40,13 @@ def shards(sample_manifests: tuple[Path, Path]) -> dict[str, str]:
 
 
 def test_quality_benchmark_trains_two_steps_on_two_workers_and_ends_with_its_figures_as_json(
-    capsys: pytest.CaptureFixture[str], shards: dict[str, str], tmp_path: Path
+    capsys: pytest.CaptureFixture[str],
+    shards: dict[str, str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    eager = replace(ten_minutes_on_two_cores(), compile=False)  # two steps are sooner done so
+    monkeypatch.setattr(quality, "ten_minutes_on_two_cores", lambda: eager)
     sizes = [text for name, n in SHAPE.items() for text in (f"--{name}", str(n))]
     data = ["--train-shards", shards["train"], "--eval-shards", shards["eval"]]
     picture = tmp_path / "sheet.png"
