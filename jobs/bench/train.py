@@ -140,15 +140,16 @@ def measure_training(
         tempfile.TemporaryDirectory(prefix="vitok-bench-") as folder,
         one_rank(),
     ):
-        stage = Stage(
-            steps=max(steps, ray_steps),
-            images_per_step=_SAMPLED_IMAGES,
-            token_budgets=(token_budget,),
-        )
         settings = AutoencoderTraining(
             model=AutoencoderConfig.from_name(model),
             data=DataConfig(manifest=str(manifest.path), row_tokens=row_tokens),
-            stages=(stage,),
+            stages=(
+                Stage(
+                    steps=max(steps, ray_steps),
+                    images_per_step=_SAMPLED_IMAGES,
+                    token_budgets=(token_budget,),
+                ),
+            ),
             loss=loss,
             run=RunConfig(
                 name="bench",
@@ -160,14 +161,12 @@ def measure_training(
                 mfu=False,
             ),
         )
-        images = ceil(rows_per_step * row_tokens / _tokens_of_an_image(plan_of(settings)))
-        stage = replace(stage, images_per_step=images, rows_per_step=rows_per_step)
-        settings = replace(settings, stages=(stage,))
+        settings = _with_full_rows(settings, rows_per_step)
         batches = _batches(plan_of(settings), steps)
         filled = fmean(row.num_tokens / row_tokens for batch in batches for row in batch.rows)
         figures: dict[str, float | str] = {
             "peak": peak_flops(device).source,
-            "images_per_step": images,
+            "images_per_step": settings.stages[0].images_per_step,
             "token_utilisation": filled,
         }
 
@@ -203,10 +202,17 @@ def measure_training(
     return figures
 
 
-def _tokens_of_an_image(plan: Plan) -> float:
-    """Return the tokens that an image of the plan has in the mean."""
+def _with_full_rows(settings: AutoencoderTraining, rows_per_step: int) -> AutoencoderTraining:
+    """Return the settings with as many images a step as fill so many rows."""
+    plan = plan_of(settings)
     views = [view for row in plan.step(0).rows for view in row]
-    return fmean(view.num_tokens(plan.patch_size) for view in views)
+    of_an_image = fmean(view.num_tokens(plan.patch_size) for view in views)
+    stage = replace(
+        settings.stages[0],
+        images_per_step=ceil(rows_per_step * settings.data.row_tokens / of_an_image),
+        rows_per_step=rows_per_step,
+    )
+    return replace(settings, stages=(stage,))
 
 
 def _batches(plan: Plan, steps: int) -> list[StepRows]:
