@@ -3,7 +3,7 @@ import json
 import math
 import re
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -171,18 +171,18 @@ def test_recipe_trains_two_steps_at_tiny_size(
     )
     if done.setdefault(json.dumps(to_dict(same)), name) == name:
         losses = train_two_steps(prepare(settings), tmp_path / "checkpoint")
-        weighted = {
-            "charbonnier": settings.loss.charbonnier,
-            "ssim_loss": settings.loss.ssim,
-            "dino": settings.loss.dino,
-            "lpips": settings.loss.lpips,
+        weights_of_terms = {
+            field.name: getattr(settings.loss, field.name)
+            for field in fields(LossConfig)
+            if field.type is float and (field.name != "kl" or settings.model.latent == "kl")
         }
+        weighted = {name: weight for name, weight in weights_of_terms.items() if weight}
         for loss in losses:
-            terms = {term: weight for term, weight in weighted.items() if weight}
-            assert loss.keys() == {"loss", *terms}
-            assert all(math.isfinite(value) and value > 0 for value in loss.values())
-            total = sum(weight * loss[term] for term, weight in terms.items())
-            assert loss["loss"] == pytest.approx(total, rel=1e-4)
+            terms = {term.removesuffix("_loss"): value for term, value in loss.items()}
+            assert terms.keys() == {"loss", *weighted}
+            assert all(math.isfinite(value) and value > 0 for value in terms.values())
+            total = sum(weight * terms[name] for name, weight in weighted.items())
+            assert terms["loss"] == pytest.approx(total, rel=1e-4)
 
 
 def train_two_steps(settings: AutoencoderTraining, checkpoint: Path) -> list[dict[str, float]]:
