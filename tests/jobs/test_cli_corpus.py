@@ -5,7 +5,8 @@ from pathlib import Path
 import numpy as np
 
 from pipelines.corpus import Manifest
-from tests.jobs.command_line import complaint, jpeg, tar_of
+from tests.jobs.command_line import complaint, tar_of
+from tests.noise import jpeg
 
 
 def test_shard_that_is_no_whole_tar_is_named(vitok, ray_cluster: None, tmp_path: Path) -> None:

@@ -6,7 +6,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
-from tests.jobs.command_line import EVALUATE, complaint, jpeg
+from tests.jobs.command_line import EVALUATE, complaint
+from tests.noise import jpeg
 
 
 def test_training_without_images_is_told_how_to_get_them(vitok, tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """Encoding all of a cache in one process that may be killed at any moment."""
 
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -17,6 +18,23 @@ from pipelines.caching.encode_units import (
 from pipelines.caching.units import DTYPES, claim_cache, commit_unit, committed_units
 from pipelines.corpus import Manifest
 from vitok.storage import Folder
+
+
+def small_caching(manifest: Path, model: Path, out: Path, **changes: Any) -> LatentCaching:
+    """Return settings for a few small images on shared cores.
+
+    Args:
+        changes: fields beside these.
+    """
+    small: dict[str, Any] = {
+        "row_tokens": 128,
+        "num_workers": 1,
+        "cpus_per_worker": 0.5,
+        "use_gpu": False,
+        "cpus_per_reader": 0.5,
+    }
+    given = {"manifest": str(manifest), "model": str(model), "out": str(out)}
+    return LatentCaching(**given | small | changes)
 
 
 def encode_all(settings: LatentCaching) -> None:

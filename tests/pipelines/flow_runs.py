@@ -4,6 +4,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -32,6 +33,16 @@ from vitok.pretrained import encoder_digest
 from vitok.texts import TextEncoder
 from vitok.variants import AutoencoderConfig
 
+# Of a set of images that a core makes in seconds.
+SMALL_SET: dict[str, Any] = {
+    "seed": 100,
+    "unit_images": 4,
+    "row_tokens": 24,
+    "num_workers": 2,
+    "cpus_per_worker": 0.5,
+    "use_gpu": False,
+    "compute_dtype": "float32",
+}
 GRIDS = [(2, 3), (4, 4), (1, 5), (3, 3), (2, 2), (4, 1), (3, 5)]
 
 

@@ -22,7 +22,7 @@ from pipelines.corpus import Manifest, build_manifest, read_samples, write_shard
 from pipelines.latents import LatentCache
 from pipelines.reading.decode import decode_rgb
 from tests.conftest import tiny_model
-from tests.pipelines.encoding_process import differing, encode_all, files_of
+from tests.pipelines.encoding_process import differing, encode_all, files_of, small_caching
 from tests.vitok.text_encoders import save_text_encoder
 from vitok.autoencoder import Autoencoder
 from vitok.initialize import start_at_random
@@ -40,17 +40,12 @@ UNIT_SAMPLES = 25
 def caching(
     sample_manifests: tuple[Path, Path], tiny_weights: Path, tmp_path: Path
 ) -> LatentCaching:
-    return LatentCaching(
-        manifest=str(sample_manifests[0]),
-        model=str(tiny_weights),
-        out=str(tmp_path / "cache"),
+    return small_caching(
+        sample_manifests[0],
+        tiny_weights,
+        tmp_path / "cache",
         token_budgets=(BUDGET,),
         unit_samples=UNIT_SAMPLES,
-        row_tokens=128,
-        num_workers=1,
-        cpus_per_worker=0.5,
-        use_gpu=False,
-        cpus_per_reader=0.5,
     )
 
 

@@ -10,24 +10,24 @@ from pipelines.caching.config import LatentCaching, complete
 from pipelines.caching.estimate import Rates, estimate_size, measure_rates
 from pipelines.corpus import Manifest
 from pipelines.latents import LatentCache
-from tests.pipelines.encoding_process import encode_all
+from tests.pipelines.encoding_process import encode_all, small_caching
 
 
 @pytest.fixture
 def caching(
     sample_manifests: tuple[Path, Path], tiny_weights: Path, tmp_path: Path
 ) -> LatentCaching:
-    return LatentCaching(
-        manifest=str(sample_manifests[0]),
-        model=str(tiny_weights),
-        out=str(tmp_path / "cache"),
+    return small_caching(
+        sample_manifests[0],
+        tiny_weights,
+        tmp_path / "cache",
         token_budgets=(30,),
         squares=(64,),
         buckets=(80,),
         flip=True,
         unit_samples=7,
         row_tokens=256,
-        use_gpu=False,
+        cpus_per_worker=1.0,
     )
 
 

@@ -16,7 +16,7 @@ from pipelines.cache_latents import cache_latents
 from pipelines.caching.config import LatentCaching
 from pipelines.caching.verify import verify_here
 from pipelines.latents import LatentCache
-from tests.pipelines.encoding_process import differing, encode_all, files_of
+from tests.pipelines.encoding_process import differing, encode_all, files_of, small_caching
 
 KILLS = 20
 JOIN_TIMEOUT_S = 120.0
@@ -26,19 +26,15 @@ JOIN_TIMEOUT_S = 120.0
 def caching(
     sample_manifests: tuple[Path, Path], tiny_weights: Path, tmp_path: Path
 ) -> LatentCaching:
-    return LatentCaching(
-        manifest=str(sample_manifests[0]),
-        model=str(tiny_weights),
-        out=str(tmp_path / "undisturbed"),
+    return small_caching(
+        sample_manifests[0],
+        tiny_weights,
+        tmp_path / "undisturbed",
         token_budgets=(36,),
         squares=(48,),
         flip=True,
         unit_samples=2,
-        row_tokens=128,
         num_workers=4,
-        cpus_per_worker=0.5,
-        use_gpu=False,
-        cpus_per_reader=0.5,
     )
 
 

@@ -1,22 +1,14 @@
-import io
 from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
 
 from pipelines.corpora import check as module
 from pipelines.corpora.check import check_corpus
 from pipelines.corpus import Manifest, build_manifest, write_shards
+from tests.noise import jpeg
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
-
-
-def jpeg(height: int, width: int, seed: int) -> bytes:
-    pixels = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
-    stream = io.BytesIO()
-    Image.fromarray(pixels).save(stream, format="JPEG")
-    return stream.getvalue()
 
 
 @pytest.fixture

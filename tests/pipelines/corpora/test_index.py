@@ -1,11 +1,9 @@
-import io
 import json
 from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-from PIL import Image
 
 from pipelines.corpora import index as module
 from pipelines.corpora.index import index_corpus, unordered
@@ -26,15 +24,9 @@ from pipelines.corpus import (
     write_manifest,
     write_shards,
 )
+from tests.noise import jpeg
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
-
-
-def jpeg(height: int, width: int, seed: int) -> bytes:
-    pixels = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
-    stream = io.BytesIO()
-    Image.fromarray(pixels).save(stream, format="JPEG")
-    return stream.getvalue()
 
 
 @pytest.fixture

@@ -30,7 +30,7 @@ from pipelines.generation.sampling import Request, sample_requests, spread_class
 from pipelines.runs import latest_checkpoint
 from pipelines.train_autoencoder import prepare as prepare_autoencoder
 from pipelines.train_flow import FlowTraining, corpus_of, prepare, read_statistics, shown_requests
-from tests.pipelines.flow_runs import flow_training, write_checkpoint
+from tests.pipelines.flow_runs import SMALL_SET, flow_training, write_checkpoint
 from tests.pipelines.small_caches import CHANNELS
 from vitok.flow import SamplerConfig
 from vitok.storage import Folder
@@ -65,13 +65,7 @@ def generation(finished_run: FlowTraining, tmp_path: Path) -> Generation:
         num_images=11,
         size=(40, 64),
         sampler=SAMPLER,
-        seed=100,
-        unit_images=4,
-        row_tokens=24,
-        num_workers=2,
-        cpus_per_worker=0.5,
-        use_gpu=False,
-        compute_dtype="float32",
+        **SMALL_SET,
     )
 
 

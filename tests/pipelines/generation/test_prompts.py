@@ -26,7 +26,7 @@ from pipelines.generation.generate import (
 from pipelines.generation.sampling import Request, load_text_encoder
 from pipelines.latents import LatentCache
 from pipelines.train_flow import FlowTraining, prepare, read_statistics
-from tests.pipelines.flow_runs import flow_training, make_run_of_texts, write_checkpoint
+from tests.pipelines.flow_runs import SMALL_SET, flow_training, make_run_of_texts, write_checkpoint
 from tests.pipelines.small_caches import TEXT
 from tests.vitok.text_encoders import save_text_encoder
 from vitok.config import to_dict
@@ -53,13 +53,7 @@ def generation(run_of_texts: FlowTraining, tmp_path: Path) -> Generation:
         num_images=10,
         size=(32, 48),
         sampler=SAMPLER,
-        seed=100,
-        unit_images=4,
-        row_tokens=24,
-        num_workers=2,
-        cpus_per_worker=0.5,
-        use_gpu=False,
-        compute_dtype="float32",
+        **SMALL_SET,
     )
 
 
