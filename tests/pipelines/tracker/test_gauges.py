@@ -3,7 +3,7 @@ from typing import Any, ClassVar
 
 import pytest
 
-from pipelines.tracker import gauges
+from pipelines.tracker import gauges, outbox
 from pipelines.tracker.gauges import RunGauges
 from pipelines.tracking import Tracker
 
@@ -29,6 +29,8 @@ def test_what_a_run_records_is_a_gauge_of_that_run(
     tracker.log_metrics({"loss": 0.5, "eval.psnr": 20, "system/cpu": 99.0}, step=3)
     tracker.log_metrics({"loss": 0.25}, step=4)
     tracker.log_metrics({}, step=5)
+    monkeypatch.setattr(outbox, "_LAST_PAUSES_S", ())
+    tracker.close()  # what it still tried would be heard in other tests
     tags: dict[str, Any] = {"run": "mine"}
     assert {gauge.name: gauge.values for gauge in RecordingGauge.made} == {
         "vitok_loss": [(0.5, tags), (0.25, tags)],
