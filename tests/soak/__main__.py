@@ -71,6 +71,8 @@ def soak(minutes: float = 30.0, seed: int = 0, every_s: float = 180.0, folder: s
         every_s: seconds between two faults, on average.
         folder: for everything, kept; by default one that is deleted where all went well.
     """
+    if min(minutes, every_s) <= 0:
+        sys.exit(f"{minutes=} and {every_s=} must be positive")
     place = Path(folder or tempfile.mkdtemp(prefix="soak-", dir="/tmp")).absolute()
     for name in ("notes", "mlflow", "tmp", "ray"):
         (place / name).mkdir(parents=True)
