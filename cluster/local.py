@@ -8,7 +8,30 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import Any
+
+
+def token_file() -> Path:
+    """Return where Ray looks for the user's token."""
+    return Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or Path.home() / ".ray" / "auth_token")
+
+
+def has_token() -> bool:
+    """Whether the user has a token for Ray."""
+    return bool(os.environ.get("RAY_AUTH_TOKEN")) or token_file().is_file()
+
+
+def trust_own_cluster() -> None:
+    """Let Ray show the user's token to a cluster on loopback, such as that of `vitok cluster up`.
+
+    Ray does so for a cluster that it finds, not for one that RAY_ADDRESS names. Another machine is
+    shown it where the user says RAY_AUTH_MODE=token. Ray reads that as it is imported: call this
+    before.
+    """
+    host = os.environ.get("RAY_ADDRESS", "").rpartition(":")[0]
+    if host in ("127.0.0.1", "localhost") and has_token():
+        os.environ.setdefault("RAY_AUTH_MODE", "token")
 
 
 @contextmanager
@@ -23,6 +46,7 @@ def ray_session(num_cpus: int | None = None) -> Iterator[None]:
 
     Raises:
         ValueError: RAY_ADDRESS is an address of another kind.
+        ConnectionError: no cluster there lets us in.
     """
     # The screen belongs to the command: its own bars and sentences. Ray's news is in its log files,
     # and what stops a job comes back as an exception.
@@ -41,7 +65,13 @@ def ray_session(num_cpus: int | None = None) -> Iterator[None]:
             )
         options = {"address": address}
     with _silent_stderr():  # it prints that it obeys the variable; what fails is raised
-        ray.init(logging_level=logging.ERROR, log_to_driver=False, **options)
+        try:
+            ray.init(logging_level=logging.ERROR, log_to_driver=False, **options)
+        except ConnectionError as error:
+            raise ConnectionError(
+                f"RAY_ADDRESS={address}: {error}; start the cluster, or where it asks for a token "
+                f"put that into {token_file()} and set RAY_AUTH_MODE=token"
+            ) from error
     from ray.data import DataContext
 
     logging.getLogger("ray.data").setLevel(logging.ERROR)

@@ -11,6 +11,7 @@ from typing import Any
 
 import tyro
 
+from cluster.local import trust_own_cluster
 from jobs import configs, positional
 from jobs.command_lines import UsageError, choose, lookup, sub_command
 from pipelines.failures import Preempted, root_cause
@@ -23,6 +24,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(_overview())
         return 0 if given else 2
     name, *rest = given
+    trust_own_cluster()
     try:
         lookup(COMMANDS, name, "command")(rest)
     except UsageError as error:

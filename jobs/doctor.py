@@ -17,6 +17,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Literal
 
+from cluster.local import has_token, token_file
 from pipelines.tracker.credentials import credential_in, masked, names_a_credential
 
 CONSTRAINTS_FILE = Path(__file__).parents[1] / "constraints.txt"
@@ -239,10 +240,8 @@ def check_disk() -> Iterator[Finding]:
 def check_token() -> Iterator[Finding]:
     """Look whether Ray asks for a token, and whether there is one, readable by its owner alone."""
     mode = os.environ.get("RAY_AUTH_MODE", "").lower()
-    named = os.environ.get("RAY_AUTH_TOKEN_PATH")
-    file = Path(named) if named else Path.home() / ".ray" / "auth_token"
-    has_token = bool(os.environ.get("RAY_AUTH_TOKEN")) or file.is_file()
-    if mode == "token" and not has_token:
+    file, is_there = token_file(), has_token()
+    if mode == "token" and not is_there:
         yield Finding(
             "token",
             "problem",
@@ -253,7 +252,7 @@ def check_token() -> Iterator[Finding]:
         yield Finding(
             "token", "problem", f"others may read {file}", f"chmod 600 {file}, and make a new one"
         )
-    elif mode != "token" and not has_token:
+    elif mode != "token" and not is_there:
         yield Finding(
             "token",
             "note",
