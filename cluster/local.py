@@ -64,14 +64,16 @@ def ray_session(num_cpus: int | None = None) -> Iterator[None]:
                 "command here set it to the cluster's own address, such as HEAD:6379"
             )
         options = {"address": address}
-    with _silent_stderr():  # it prints that it obeys the variable; what fails is raised
-        try:
+    try:
+        with _silent_stderr():  # it prints that it obeys the variable; what fails is raised
             ray.init(logging_level=logging.ERROR, log_to_driver=False, **options)
-        except ConnectionError as error:
-            raise ConnectionError(
-                f"RAY_ADDRESS={address}: {error}; start the cluster, or where it asks for a token "
-                f"put that into {token_file()} and set RAY_AUTH_MODE=token"
-            ) from error
+    except ConnectionError as error:
+        if not address:
+            raise
+        raise ConnectionError(
+            f"RAY_ADDRESS={address}: {error}; start the cluster, or where it asks for a token "
+            f"put that into {token_file()} and set RAY_AUTH_MODE=token"
+        ) from error
     from ray.data import DataContext
 
     logging.getLogger("ray.data").setLevel(logging.ERROR)

@@ -35,7 +35,6 @@ def run(
         repeats: timed passes; the median counts.
         json: print the JSON alone.
     """
-
     torch.set_num_threads(threads)
     figures = measure_attention(
         row_tokens=row_tokens,

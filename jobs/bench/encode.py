@@ -57,7 +57,6 @@ def run(
             machine has cores.
         json: print the JSON alone.
     """
-
     figures = measure_encoding(
         shards=shards,
         copies=copies,

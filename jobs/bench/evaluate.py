@@ -56,7 +56,6 @@ def run(
         repeats: timed passes of everything; the medians count.
         json: print the JSON alone.
     """
-
     figures = measure_evaluation(
         shards=shards,
         model=model,

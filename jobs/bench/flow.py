@@ -4,26 +4,31 @@ import os
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from math import ceil
 from pathlib import Path
 from statistics import fmean, median
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
 
 from cluster.local import ray_session
 from jobs.bench.data import indexed_shards
 from jobs.bench.output import finish, rounded
 from jobs.bench.steps import (
+    SAMPLED_IMAGES,
     WARM_UP_STEPS,
     StepFigures,
+    load_batches,
     one_rank,
-    recorded_figures,
+    run_config,
     seconds_now,
     show_nothing,
     show_step,
+    start_sharded,
     time_steps,
+    time_through_ray,
+    tokens_of_an_image,
 )
 from jobs.models import save_random
 from pipelines.cache_latents import cache_latents
@@ -34,7 +39,6 @@ from pipelines.loop import Recipe
 from pipelines.mixture import Corpus
 from pipelines.packed_rows import PackedRow, StepRows
 from pipelines.plan import DataConfig, Plan, Stage
-from pipelines.runs import RunConfig
 from pipelines.tracking import metric_history
 from pipelines.train_flow import (
     FlowTraining,
@@ -48,12 +52,9 @@ from pipelines.train_flow import (
 from vitok.autoencoder import Autoencoder
 from vitok.dit import DiTConfig
 from vitok.flops import peak_flops, training_flops
-from vitok.initialize import start_at_random
 from vitok.optim import build_optimizer
-from vitok.parallel import ParallelConfig, prepare_blocks, shard_model
+from vitok.parallel import ParallelConfig
 from vitok.variants import AutoencoderConfig
-
-_SAMPLED_IMAGES = 256  # tell how many fill a row
 
 
 def run(
@@ -90,7 +91,6 @@ def run(
         threads: CPU threads.
         json: print the JSON alone.
     """
-
     torch.set_num_threads(threads)
 
     figures = measure_flow(
@@ -162,8 +162,7 @@ def measure_flow(
         settings = prepare(
             _settings(model, folder, row_tokens, rows_per_step, ray_steps, parallel, threads)
         )
-        plan = plan_of(replace(settings, steps=steps))
-        batches = [StepRows(number, load_step(plan, number), {}) for number in range(steps)]
+        batches = load_batches(plan_of(replace(settings, steps=steps)), steps)
 
         def in_memory(name: str) -> StepFigures:
             with one_rank():
@@ -174,12 +173,15 @@ def measure_flow(
         memory = in_memory("memory")
         images = _images_of(settings, manifest, token_budget, batches)
         encode_s = _encoding_s(weights, images, device)
-        with ray_session(num_cpus=threads + 1):
-            before = peak_flops(device).flops_per_s
-            run = run_training(settings)
-            peak = (before + peak_flops(device).flops_per_s) / 2
-        through_ray = recorded_figures(run, settings.images_per_step, peak)
-        waits = [wait for step, wait in metric_history(run, "data_wait") if step > WARM_UP_STEPS]
+        through_ray = time_through_ray(
+            partial(run_training, settings),
+            settings.run,
+            settings.images_per_step,
+            threads,
+            device,
+        )
+        recorded = metric_history(settings.run.folder, "data_wait")
+        waits = [wait for step, wait in recorded if step > WARM_UP_STEPS]
         show("ray", through_ray)
         # Once more after it: what else the machine does changes from minute to minute.
         again = in_memory("again")
@@ -217,22 +219,11 @@ def _settings(
         model=model,
         cache=f"{folder}/latents",
         steps=ray_steps,
-        images_per_step=_SAMPLED_IMAGES,
+        images_per_step=SAMPLED_IMAGES,
         row_tokens=row_tokens,
-        run=RunConfig(
-            name="bench",
-            storage=folder,
-            num_workers=1,
-            cpus_per_worker=threads,
-            use_gpu=torch.cuda.is_available(),
-            log_every=1,
-            mfu=False,
-            parallel=parallel,
-        ),
+        run=replace(run_config(folder, threads), parallel=parallel),
     )
-    views = [view for row in plan_of(settings).step(0).rows for view in row]
-    patch_size = corpus_of(settings).statistics.patch_size
-    of_an_image = fmean(view.num_tokens(patch_size) for view in views)
+    of_an_image = tokens_of_an_image(plan_of(settings))
     images = max(1, int(rows_per_step * row_tokens / of_an_image))
     return replace(settings, images_per_step=images)
 
@@ -243,9 +234,7 @@ def _in_memory(
     """Return what steps on rows in memory achieve."""
     corpus = corpus_of(settings)
     model = build_model(settings)
-    prepare_blocks(model, settings.run.parallel)
-    shard_model(model, init_device_mesh(device.type, (1,)), torch.bfloat16)
-    start_at_random(model.to_empty(device=device), settings.seed)
+    start_sharded(model, settings.run.parallel, device, settings.seed)
 
     def step(model: nn.Module, row: PackedRow, device: torch.device) -> dict[str, Tensor]:
         return flow_step(settings, corpus, model, row, device)

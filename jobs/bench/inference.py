@@ -96,7 +96,6 @@ def run(
         limit_gb: likewise for memory; by default what is available.
         json: print the JSON alone.
     """
-
     torch.set_num_threads(threads)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 

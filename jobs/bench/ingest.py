@@ -71,7 +71,6 @@ def run(
         repeats: timed passes in one process, on one thread; the median counts.
         json: print the JSON alone.
     """
-
     torch.set_num_threads(1)
     figures = measure_ingest(
         shards=shards,

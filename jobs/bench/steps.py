@@ -2,25 +2,33 @@
 
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import median
+from statistics import fmean, median
 
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
 
+from cluster.local import ray_session
+from pipelines.ingest import load_step
 from pipelines.loop import Recipe, train_step
 from pipelines.packed_rows import StepRows
+from pipelines.plan import Plan
+from pipelines.runs import RunConfig
 from pipelines.tracking import metric_history
 from vitok.flops import peak_flops
+from vitok.initialize import start_at_random
 from vitok.optim import Optimizers
-from vitok.storage import Folder
+from vitok.parallel import ParallelConfig, prepare_blocks, shard_model
 
 # The first steps of a run compile, allocate and fill queues.
 WARM_UP_STEPS = 2
+# Of a plan that tells how many images fill a row.
+SAMPLED_IMAGES = 256
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,6 +46,39 @@ class StepFigures:
     tokens_per_s: float
     mfu: float
     peak_flops: float
+
+
+def run_config(folder: str, threads: int) -> RunConfig:
+    """Return how a training of one worker is run that records every step."""
+    return RunConfig(
+        name="bench",
+        storage=folder,
+        num_workers=1,
+        cpus_per_worker=threads,
+        use_gpu=torch.cuda.is_available(),
+        log_every=1,
+        mfu=False,
+    )
+
+
+def tokens_of_an_image(plan: Plan) -> float:
+    """Return the tokens that a sample of a plan's first step has in the mean."""
+    views = [view for row in plan.step(0).rows for view in row]
+    return fmean(view.num_tokens(plan.patch_size) for view in views)
+
+
+def load_batches(plan: Plan, steps: int) -> list[StepRows]:
+    """Read the rows of the first steps of a plan into memory."""
+    return [StepRows(step, load_step(plan, step), {}) for step in range(steps)]
+
+
+def start_sharded(
+    model: nn.Module, parallel: ParallelConfig, device: torch.device, seed: int
+) -> None:
+    """Put a model that has no storage yet on a device, sharded over the one rank, at random."""
+    prepare_blocks(model, parallel)
+    shard_model(model, init_device_mesh(device.type, (1,)), torch.bfloat16)
+    start_at_random(model.to_empty(device=device), seed)
 
 
 def time_steps(
@@ -71,10 +112,27 @@ def time_steps(
     )
 
 
-def recorded_figures(run: Folder, images_per_step: int, peak: float) -> StepFigures:
-    """Return what a run through Ray logged of its steps; the first steps are not counted."""
+def time_through_ray(
+    train: Callable[[], object],
+    run: RunConfig,
+    images_per_step: int,
+    threads: int,
+    device: torch.device,
+) -> StepFigures:
+    """Train with Ray Data, Ray Train and MLflow, and read what that logged of its steps.
+
+    The first steps are not counted.
+
+    Args:
+        train: does the training of `run`.
+    """
+    before = peak_flops(device).flops_per_s
+    # One core more, in name: the reading and decoding shares the cores with the training.
+    with ray_session(num_cpus=threads + 1):
+        train()
+    peak = (before + peak_flops(device).flops_per_s) / 2
     recorded = {
-        name: [value for step, value in metric_history(run, name) if step > WARM_UP_STEPS]
+        name: [value for step, value in metric_history(run.folder, name) if step > WARM_UP_STEPS]
         for name in ("tokens_per_s", "images_per_s", "flops_per_s")
     }
     return StepFigures(

@@ -4,33 +4,35 @@ import os
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from math import ceil
 from statistics import fmean, median
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
 from torch.profiler import ProfilerActivity, profile
 
-from cluster.local import ray_session
 from jobs.bench.data import indexed_shards
 from jobs.bench.output import finish, rounded
 from jobs.bench.steps import (
+    SAMPLED_IMAGES,
     WARM_UP_STEPS,
     StepFigures,
+    load_batches,
     one_rank,
-    recorded_figures,
+    run_config,
     seconds_now,
     show_nothing,
     show_step,
+    start_sharded,
     time_steps,
+    time_through_ray,
+    tokens_of_an_image,
 )
 from pipelines.autoencoder_training import AutoencoderTraining, plan_of
-from pipelines.ingest import load_step
 from pipelines.loop import Recipe
 from pipelines.packed_rows import PackedRow, StepRows
-from pipelines.plan import DataConfig, Plan, Stage
-from pipelines.runs import RunConfig
+from pipelines.plan import DataConfig, Stage
 from pipelines.train_autoencoder import (
     build_model,
     prepare,
@@ -39,13 +41,11 @@ from pipelines.train_autoencoder import (
     run_training,
 )
 from vitok.flops import peak_flops
-from vitok.initialize import start_at_random
 from vitok.losses import LossConfig, ReconstructionLoss
 from vitok.optim import Optimizers, build_optimizer
-from vitok.parallel import ParallelConfig, prepare_blocks, shard_model
+from vitok.parallel import ParallelConfig
 from vitok.variants import AutoencoderConfig
 
-_SAMPLED_IMAGES = 256  # tell how many fill a row
 # The ranges in which FSDP2 moves weights and gradients, as it names them for the profiler.
 _FSDP_TRANSFERS = ("FSDP::all_gather", "FSDP::post_backward_reduce")
 
@@ -84,7 +84,6 @@ def run(
         threads: CPU threads.
         json: print the JSON alone.
     """
-
     torch.set_num_threads(threads)
 
     loss = LossConfig.paper(dino_weights) if dino_weights else LossConfig()
@@ -146,23 +145,15 @@ def measure_training(
             stages=(
                 Stage(
                     steps=max(steps, ray_steps),
-                    images_per_step=_SAMPLED_IMAGES,
+                    images_per_step=SAMPLED_IMAGES,
                     token_budgets=(token_budget,),
                 ),
             ),
             loss=loss,
-            run=RunConfig(
-                name="bench",
-                storage=folder,
-                num_workers=1,
-                cpus_per_worker=threads,
-                use_gpu=device.type == "cuda",
-                log_every=1,
-                mfu=False,
-            ),
+            run=run_config(folder, threads),
         )
         settings = _with_full_rows(settings, rows_per_step)
-        batches = _batches(plan_of(settings), steps)
+        batches = load_batches(plan_of(settings), steps)
         filled = fmean(row.num_tokens / row_tokens for batch in batches for row in batch.rows)
         figures: dict[str, float | str] = {
             "peak": peak_flops(device).source,
@@ -204,19 +195,13 @@ def measure_training(
 
 def _with_full_rows(settings: AutoencoderTraining, rows_per_step: int) -> AutoencoderTraining:
     """Return the settings with as many images a step as fill so many rows."""
-    plan = plan_of(settings)
-    views = [view for row in plan.step(0).rows for view in row]
-    of_an_image = fmean(view.num_tokens(plan.patch_size) for view in views)
+    of_an_image = tokens_of_an_image(plan_of(settings))
     stage = replace(
         settings.stages[0],
         images_per_step=ceil(rows_per_step * settings.data.row_tokens / of_an_image),
         rows_per_step=rows_per_step,
     )
     return replace(settings, stages=(stage,))
-
-
-def _batches(plan: Plan, steps: int) -> list[StepRows]:
-    return [StepRows(step, load_step(plan, step), {}) for step in range(steps)]
 
 
 @dataclass(frozen=True)
@@ -236,9 +221,7 @@ class _Trainee:
     ) -> "_Trainee":
         """Build the model, sharded over the one rank."""
         model = build_model(settings)
-        prepare_blocks(model, parallel)
-        shard_model(model, init_device_mesh(device.type, (1,)), torch.bfloat16)
-        start_at_random(model.to_empty(device=device), settings.seed)
+        start_sharded(model, parallel, device, settings.seed)
         loss = ReconstructionLoss(settings.loss).to(device)
 
         def step(model: nn.Module, row: PackedRow, device: torch.device) -> dict[str, Tensor]:
@@ -315,7 +298,7 @@ def _through_ray(
     threads: int,
     device: torch.device,
 ) -> StepFigures:
-    """Run a training of its own, with Ray Data, Ray Train and MLflow, and read what it logged."""
+    """Run a training of its own through Ray; see time_through_ray."""
     settings = prepare(
         replace(
             settings,
@@ -323,9 +306,10 @@ def _through_ray(
             run=replace(settings.run, parallel=parallel),
         )
     )
-    before = peak_flops(device).flops_per_s
-    # One core more, in name: the reading and decoding shares the cores with the training.
-    with ray_session(num_cpus=threads + 1):
-        run_training(settings)
-    peak = (before + peak_flops(device).flops_per_s) / 2
-    return recorded_figures(settings.run.folder, settings.stages[0].images_per_step, peak)
+    return time_through_ray(
+        partial(run_training, settings),
+        settings.run,
+        settings.stages[0].images_per_step,
+        threads,
+        device,
+    )

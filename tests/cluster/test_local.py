@@ -49,6 +49,9 @@ def test_a_cluster_that_lets_nobody_in_is_named_with_what_to_do(
 
     monkeypatch.setattr(ray, "is_initialized", lambda: False)
     monkeypatch.setattr(ray, "init", refuse)
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    with pytest.raises(ConnectionError, match=r"^Failed to connect$"), ray_session():
+        pass
     monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
     with (
         pytest.raises(
