@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 
 from pipelines.failures import Preempted
 from pipelines.tracker.credentials import credential_in
+from pipelines.tracker.import_mlflow import import_mlflow
 from pipelines.tracker.outbox import Outbox
 from pipelines.tracker.server_run import ServerRun, bound_waiting, brief
 from pipelines.tracker.spool import ARTIFACTS, RECORDS, copy_into, fill, unsent
@@ -312,6 +313,7 @@ def run_around(location: Folder) -> Folder | None:
 
 
 def _start_run(uri: str, name: str, tracking: TrackingConfig, storage: str, settings: Any) -> str:
+    import_mlflow()
     from mlflow.entities import Param
     from mlflow.exceptions import MlflowException
     from mlflow.tracking import MlflowClient
@@ -347,6 +349,7 @@ def _experiment(client: Any, uri: str, name: str, storage: str) -> str:
 
 def metric_history(folder: Folder, metric: str) -> list[tuple[int, float]]:
     """Return every recorded (step, value) of a metric of the run in a folder, in step order."""
+    import_mlflow()
     from mlflow.tracking import MlflowClient
 
     note = json.loads(folder.read_text(_RUN_FILE) or "{}")

@@ -9,6 +9,7 @@ from pathlib import Path
 from pipelines.runs import CONFIG_FILE
 from pipelines.sweeps.records import TrialRecord
 from pipelines.sweeps.report import COSTS, QUALITIES, REPORT_FOLDER, study_of, value_of
+from pipelines.tracker.import_mlflow import import_mlflow
 from pipelines.tracking import Tracker
 from vitok.pretrained import EXPORT
 from vitok.storage import Folder
@@ -76,6 +77,7 @@ def _log_weights(run: Folder, place: str, tracker: Tracker) -> None:
 
 def _log_best(run: Folder, record: TrialRecord, tracker: Tracker) -> None:
     """Copy a trial's config and its last picture to the sweep's MLflow run."""
+    import_mlflow()
     from mlflow.exceptions import MlflowException
     from mlflow.tracking import MlflowClient
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from pipelines.tracker.import_mlflow import import_mlflow
 from pipelines.tracker.spool import Entry, Spool
 
 _POINTS_PER_CALL = 1000  # MLflow's limit for one batch
@@ -40,6 +41,7 @@ class ServerRun:
     @cached_property
     def client(self) -> Any:
         """Return MLflow's client."""
+        import_mlflow()
         from mlflow.tracking import MlflowClient
 
         bound_waiting()
@@ -63,6 +65,7 @@ class ServerRun:
 
     def send_metrics(self, entries: list[Entry]) -> None:
         """Write the points of entries that the server does not have."""
+        import_mlflow()
         from mlflow.entities import Metric
 
         points: dict[tuple[str, int], Metric] = {}
@@ -157,6 +160,7 @@ class ServerRun:
         self._image_paths.append(prefix)
 
     def _register(self, entry: Entry) -> None:
+        import_mlflow()
         from mlflow.exceptions import MlflowException
 
         name, step = entry["name"], str(entry["step"])

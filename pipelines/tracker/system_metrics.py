@@ -6,6 +6,8 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+from pipelines.tracker.import_mlflow import import_mlflow
+
 LogMetrics = Callable[[dict[str, float], int], None]
 
 logger = logging.getLogger(__name__)
@@ -33,6 +35,7 @@ def sampled(log: LogMetrics, uri: str, run_id: str, node_id: str) -> Iterator[No
 def _sample(log: LogMetrics, uri: str, run_id: str, node_id: str, stop: threading.Event) -> None:
     """Log the means of MLflow's own samples; its own thread ends at the first lost request."""
     try:
+        import_mlflow()
         from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
 
         monitor = SystemMetricsMonitor(run_id, node_id=node_id or None, tracking_uri=uri)

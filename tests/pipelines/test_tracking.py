@@ -23,6 +23,7 @@ from tests.pipelines.tracked_runs import (
     points_of,
     record_of,
     run_killed,
+    run_script,
     uri_of,
     use_run,
 )
@@ -290,6 +291,33 @@ def test_writer_that_is_killed_beside_another_one_doubles_nothing(
     assert not written & set(sent)
     assert points_of(storage, run_id, "loss") == [(s, float(s)) for s in (1, 2, 3)]
     assert points_of(storage, run_id, "other") == [(s, 0.5) for s in (1, 2, 3)]
+
+
+GOES_ON = """
+import sys
+from pipelines.tracking import TrackingConfig, open_run
+from vitok.config import config
+from vitok.storage import Folder
+
+@config
+class Settings:
+    pass
+
+storage, name = sys.argv[1:]
+folder = Folder.of(storage, name)
+with open_run(folder, name, TrackingConfig(), storage, Settings()) as tracker:
+    assert "mlflow" not in sys.modules, "as it is where a known run goes on"
+    tracker.log_metrics({"loss": 2.0}, 2)
+"""
+
+
+def test_threads_of_a_new_process_that_need_mlflow_at_once_all_get_it(storage: Path) -> None:
+    run_id = use_run(storage, "goes on", {"loss": 1.0}, step=1)
+    done = run_script(GOES_ON, str(storage), "goes on")
+    assert done.returncode == 0, done.stderr
+    assert "import" not in done.stderr, done.stderr
+    assert points_of(storage, run_id, "loss") == [(1, 1.0), (2, 2.0)]
+    assert record_of(storage, run_id).info.status == "FINISHED"
 
 
 def test_run_that_runs_is_not_told_so(storage: Path, monkeypatch: pytest.MonkeyPatch) -> None:

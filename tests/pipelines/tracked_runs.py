@@ -64,9 +64,16 @@ def failing(error: Exception) -> Callable[..., None]:
     return fail
 
 
-def run_killed(script: str, *arguments: str) -> None:
-    """Run Python code that kills its own process."""
+def run_script(script: str, *arguments: str) -> "subprocess.CompletedProcess[str]":
+    """Run Python code in a process of its own."""
     command = [sys.executable, "-c", script, *arguments]
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
-    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    return subprocess.run(
+        command, env=environment, capture_output=True, text=True, timeout=300, check=False
+    )
+
+
+def run_killed(script: str, *arguments: str) -> None:
+    """Run Python code that kills its own process."""
+    result = run_script(script, *arguments)
     assert result.returncode == -signal.SIGKILL, result.stderr
