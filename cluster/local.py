@@ -65,6 +65,8 @@ def ray_session(num_cpus: int | None = None) -> Iterator[None]:
             )
         options = {"address": address}
     try:
+        if address:
+            _knock(address)
         with _silent_stderr():  # it prints that it obeys the variable; what fails is raised
             ray.init(logging_level=logging.ERROR, log_to_driver=False, **options)
     except ConnectionError as error:
@@ -84,6 +86,21 @@ def ray_session(num_cpus: int | None = None) -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
+
+
+def _knock(address: str) -> None:
+    """Connect to HOST:PORT for a moment: Ray tries for minutes, and then ends the process.
+
+    Raises:
+        ConnectionError: nobody answers there.
+    """
+    host, _, port = address.rpartition(":")
+    if not host or not port.isdigit():
+        return  # `auto`, or something else that Ray knows
+    try:
+        socket.create_connection((host.removeprefix("ray://"), int(port)), timeout=10).close()
+    except OSError as error:
+        raise ConnectionError(f"nobody answers there ({error.strerror or error})") from error
 
 
 @contextmanager

@@ -1,8 +1,10 @@
 import os
+import socket
 from pathlib import Path
 
 import pytest
 
+from cluster import local
 from cluster.local import ray_session, trust_own_cluster
 
 
@@ -39,6 +41,22 @@ def test_a_cluster_on_loopback_is_shown_the_users_token_and_no_other(
     assert os.environ.get("RAY_AUTH_MODE") == expected
 
 
+def test_a_cluster_that_is_not_there_is_named_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    import ray
+
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(ray, "init", None)  # would fail if it were called
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{probe.getsockname()[1]}"
+    monkeypatch.setenv("RAY_ADDRESS", address)
+    with (
+        pytest.raises(ConnectionError, match=rf"{address}: nobody answers there \(.*; start the"),
+        ray_session(),
+    ):
+        pass
+
+
 def test_a_cluster_that_lets_nobody_in_is_named_with_what_to_do(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -49,6 +67,7 @@ def test_a_cluster_that_lets_nobody_in_is_named_with_what_to_do(
 
     monkeypatch.setattr(ray, "is_initialized", lambda: False)
     monkeypatch.setattr(ray, "init", refuse)
+    monkeypatch.setattr(local, "_knock", lambda address: None)
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     with pytest.raises(ConnectionError, match=r"^Failed to connect$"), ray_session():
         pass
